@@ -1,0 +1,1 @@
+"""Data preparation: meshes to posed views with exact depth."""

@@ -1,0 +1,138 @@
+"""Renderers: the only importers of GL and ray-casting packages.
+
+Two of them behind one Protocol. ``auto`` takes pyrender where EGL works and embree elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+from data_prep.mesh import Mesh
+from equifeat.errors import RenderError, suggest
+
+RendererName = Literal["auto", "pyrender", "embree"]
+RENDERERS = ("auto", "pyrender", "embree")
+
+
+class Rendered(NamedTuple):
+    """One view.
+
+    Attributes:
+        color: (H, W, 3) uint8 sRGB, antialiased over black.
+        depth: (H, W) float32 z-depth at the pixel centres in object units, 0 = background.
+        mask: (H, W) bool, depth > 0.
+        normals: (H, W, 3) float32 unit normals in camera axes, facing the camera, 0 = background;
+            None unless asked for.
+    """
+
+    color: NDArray[Any]
+    depth: NDArray[Any]
+    mask: NDArray[Any]
+    normals: NDArray[Any] | None
+
+
+class Renderer(Protocol):
+    """Draws views of one mesh.
+
+    Attributes:
+        name: "pyrender" or "embree".
+        version: Version of the package.
+        device: What drew it: GL_RENDERER, or "CPU".
+    """
+
+    name: str
+    version: str
+    device: str
+
+    def render(
+        self,
+        K: NDArray[Any],
+        cam_from_world: NDArray[Any],
+        size_hw: tuple[int, int],
+        normals: bool = False,
+    ) -> Rendered:
+        """Draw one view.
+
+        Args:
+            K: (3, 3) intrinsics in pixels, corner convention, no skew.
+            cam_from_world: (4, 4) pose, OpenCV axes.
+            size_hw: Height and width of the image.
+            normals: Whether to return normals as well.
+
+        Returns:
+            The view.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the renderer holds."""
+        ...
+
+
+class Choice(NamedTuple):
+    """A renderer that works here, and why it was taken.
+
+    Attributes:
+        name: "pyrender" or "embree".
+        reason: A clause for the user.
+    """
+
+    name: Literal["pyrender", "embree"]
+    reason: str
+
+
+def choose_renderer(name: RendererName = "auto") -> Choice:
+    """Decide which renderer to use; "auto" tries pyrender on EGL, then embree.
+
+    Args:
+        name: What the user asked for.
+
+    Returns:
+        The renderer and the reason.
+
+    Raises:
+        RenderError: The name is unknown or that renderer does not work here.
+    """
+    if name not in RENDERERS:
+        known = ", ".join(RENDERERS)
+        raise RenderError(f"renderer {name!r} is not one of {known}.{suggest(name, RENDERERS)}")
+    problem = ""
+    if name in ("auto", "pyrender"):
+        from data_prep.renderers import pyrender_
+
+        problem = pyrender_.unavailable()
+        if not problem:
+            reason = "asked for" if name == "pyrender" else f"EGL works ({pyrender_.device()})"
+            return Choice("pyrender", reason)
+        if name == "pyrender":
+            raise RenderError(f"pyrender does not work here: {problem}; use --renderer embree")
+    from data_prep.renderers import embree
+
+    missing = embree.unavailable()
+    if missing:
+        raise RenderError(f"no renderer works here: {'; '.join(filter(None, [problem, missing]))}")
+    return Choice("embree", "asked for" if name == "embree" else f"pyrender is out: {problem}")
+
+
+def open_renderer(name: RendererName, mesh: Mesh) -> Renderer:
+    """Make a renderer of a mesh.
+
+    Args:
+        name: "auto", "pyrender" or "embree".
+        mesh: What it draws.
+
+    Returns:
+        The renderer; close it after use.
+
+    Raises:
+        RenderError: See :func:`choose_renderer`.
+    """
+    if choose_renderer(name).name == "pyrender":
+        from data_prep.renderers.pyrender_ import PyrenderRenderer
+
+        return PyrenderRenderer(mesh)
+    from data_prep.renderers.embree import EmbreeRenderer
+
+    return EmbreeRenderer(mesh)

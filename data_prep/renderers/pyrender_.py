@@ -1,0 +1,6 @@
+"""stub"""
+def unavailable() -> str:
+    return "not built yet"
+def device() -> str:
+    return ""
+class PyrenderRenderer: ...

@@ -1,0 +1,122 @@
+"""The command table, one line a command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from equifeat._version import __version__
+from equifeat.errors import EquifeatError, suggest
+
+
+class Command(NamedTuple):
+    """One command: where its function is, what it does, which arguments take several values."""
+
+    target: str
+    help: str
+    several: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "demo": Command("equifeat.demo:demo", "train on one object and report, end to end"),
+    "render": Command("data_prep.render:render_command", "meshes to posed views", ("meshes",)),
+    "fit": Command("equifeat.train.cli:main", "finetune from a recipe (LightningCLI)"),
+    "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
+    "evaluate equivariance": Command(
+        "equifeat.commands:equivariance", "APE and PCDP of models on views", ("--model",)
+    ),
+    "features": Command("equifeat.commands:features", "features and PCA of images", ("images",)),
+    "match": Command("equifeat.commands:match", "matches of two images", ("images",)),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [f"equifeat {__version__}: usage: equifeat COMMAND [OPTIONS]", "", *lines, ""]
+        + ["equifeat COMMAND --help lists the options of a command"]
+    )
+
+
+def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS and len(argv) >= words:
+            return name, list(argv[words:])
+    if argv[0] == "evaluate":
+        tasks = ", ".join(n.split()[1] for n in COMMANDS if n.startswith("evaluate "))
+        raise EquifeatError(f"equifeat evaluate needs a task, one of: {tasks}")
+    raise EquifeatError(f"there is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
+
+
+def build_parser(name: str) -> Any:
+    """Return the option parser of a command (not of fit and validate, which LightningCLI makes).
+
+    Args:
+        name: Key of COMMANDS.
+
+    Returns:
+        A jsonargparse parser made from the function's signature and docstring.
+    """
+    from equifeat.options import OptionParser
+
+    command = COMMANDS[name]
+    function = _load(command.target)
+    parser = OptionParser(prog=f"equifeat {name}", description=command.help)
+    for several in command.several:
+        # jsonargparse would want [a,b]; a shell user writes a b.
+        kind = str if several.startswith("--") else Path
+        required = {"required": True} if several.startswith("--") else {}
+        parser.add_argument(several, nargs="+", type=kind, help=command.help, **required)
+    parser.add_function_arguments(function, skip={s.lstrip("-") for s in command.several})
+    return parser
+
+
+def _load(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run one command.
+
+    Args:
+        argv: Arguments behind ``equifeat``.
+
+    Raises:
+        EquifeatError: Bad input.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if argv[0] == "--version":
+        print(__version__)
+        return
+    name, rest = _split(argv)
+    if name in ("fit", "validate"):
+        _load(COMMANDS[name].target)([name, *rest])
+        return
+    values = build_parser(name).parse_args(rest)
+    text = _load(COMMANDS[name].target)(**values.as_dict())
+    if text is not None:
+        print(text)
+
+
+def main() -> None:
+    """Entry point of the ``equifeat`` script: errors are one sentence and a non-zero exit."""
+    try:
+        run(sys.argv[1:])
+    except EquifeatError as error:
+        print(f"equifeat: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("equifeat: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: views on disk to batches of corresponding pixels."""

@@ -1,0 +1,419 @@
+"""Batches of pairs, the order of draws over ranks and epochs, and the LightningDataModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from equifeat.data.augment import Augment
+from equifeat.data.pairs import Pair, PairSource, Sampler
+from equifeat.data.views import Layout, open_views
+from equifeat.errors import RecipeError, ViewsError
+from equifeat.geometry.camera import Camera
+
+
+@dataclass
+class PairBatch:
+    """Pairs of one batch; keypoints stay lists because their number varies.
+
+    Attributes:
+        object_names: B names.
+        images0: (B, 3, H, W) RGB in [0, 1] of view 0; images1 of view 1.
+        images1: See images0.
+        masks0: (B, H, W); masks1 of view 1.
+        masks1: See masks0.
+        depths0: (B, H, W) z-depth in object units, 0 = background; depths1 of view 1.
+        depths1: See depths0.
+        K0: (B, 3, 3) intrinsics of images0; K1 of images1.
+        K1: See K0.
+        cam1_from_cam0: (B, 4, 4).
+        keypoints0: B tensors (N, 2) of xy pixels of images0; keypoints1 of images1.
+        keypoints1: See keypoints0.
+        points3d0: B tensors (N, 3) in object coordinates; points3d1 of keypoints1.
+        points3d1: See points3d0.
+        draws: B indices of draws.
+        view_change_deg: B angles between the cameras.
+        keys0: B identities (object, view) before augmentation; keys1 of view 1.
+        keys1: See keys0.
+        augmented0: B times whether images0 differs from the rendered view; augmented1 of view 1.
+        augmented1: See augmented0.
+    """
+
+    object_names: list[str]
+    images0: Tensor
+    images1: Tensor
+    masks0: Tensor
+    masks1: Tensor
+    depths0: Tensor
+    depths1: Tensor
+    K0: Tensor
+    K1: Tensor
+    cam1_from_cam0: Tensor
+    keypoints0: list[Tensor]
+    keypoints1: list[Tensor]
+    points3d0: list[Tensor]
+    points3d1: list[Tensor]
+    draws: list[int]
+    view_change_deg: list[float]
+    keys0: list[tuple[str, int]]
+    keys1: list[tuple[str, int]]
+    augmented0: list[bool]
+    augmented1: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    @property
+    def augmented(self) -> list[bool]:
+        """B times whether either view of the pair differs from the rendered one."""
+        return [a or b for a, b in zip(self.augmented0, self.augmented1, strict=True)]
+
+    def camera0(self, i: int) -> Camera:
+        """Return the camera of image 0 of pair i.
+
+        Args:
+            i: Index in the batch.
+
+        Returns:
+            The camera.
+        """
+        return Camera(self.K0[i], (self.images0.shape[-2], self.images0.shape[-1]))
+
+    def camera1(self, i: int) -> Camera:
+        """Return the camera of image 1 of pair i.
+
+        Args:
+            i: Index in the batch.
+
+        Returns:
+            The camera.
+        """
+        return Camera(self.K1[i], (self.images1.shape[-2], self.images1.shape[-1]))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        """Return the batch on a device.
+
+        Args:
+            device: Where to.
+            non_blocking: Do not wait for copies from pinned memory.
+
+        Returns:
+            A new batch.
+        """
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairBatch:
+        """Return the batch in pinned memory; the DataLoader calls this.
+
+        Returns:
+            A new batch.
+        """
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = function(value)
+            elif value and isinstance(value[0], Tensor):
+                changes[field.name] = [function(tensor) for tensor in value]
+        return replace(self, **changes)
+
+
+def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
+    """Join pairs to a batch.
+
+    Args:
+        pairs: Pairs whose views have one size.
+
+    Returns:
+        The batch.
+
+    Raises:
+        ViewsError: Views of different sizes.
+    """
+    for pair in pairs:
+        for image in (pair.image0, pair.image1):
+            if image.shape != pairs[0].image0.shape:
+                raise ViewsError(
+                    f"{pairs[0].object_name} has views of {tuple(pairs[0].image0.shape[1:])} and "
+                    f"{pair.object_name} of {tuple(image.shape[1:])} pixels: render both alike or "
+                    "use batch_size=1"
+                )
+    return PairBatch(
+        object_names=[p.object_name for p in pairs],
+        images0=torch.stack([p.image0 for p in pairs]),
+        images1=torch.stack([p.image1 for p in pairs]),
+        masks0=torch.stack([p.mask0 for p in pairs]),
+        masks1=torch.stack([p.mask1 for p in pairs]),
+        depths0=torch.stack([p.depth0 for p in pairs]),
+        depths1=torch.stack([p.depth1 for p in pairs]),
+        K0=torch.stack([p.camera0.K for p in pairs]),
+        K1=torch.stack([p.camera1.K for p in pairs]),
+        cam1_from_cam0=torch.stack([p.cam1_from_cam0 for p in pairs]),
+        keypoints0=[p.keypoints0 for p in pairs],
+        keypoints1=[p.keypoints1 for p in pairs],
+        points3d0=[p.points3d0 for p in pairs],
+        points3d1=[p.points3d1 for p in pairs],
+        draws=[p.draw for p in pairs],
+        view_change_deg=[p.view_change_deg for p in pairs],
+        keys0=[p.key0 for p in pairs],
+        keys1=[p.key1 for p in pairs],
+        augmented0=[p.augmented0 for p in pairs],
+        augmented1=[p.augmented1 for p in pairs],
+    )
+
+
+class DrawSampler(DistributedSampler[Pair]):
+    """Says which draws this rank makes next.
+
+    Batches of the whole run are counted through, over all epochs: batch g of rank r of W holds the
+    draws (g W + r) B ... (g W + r + 1) B - 1. So ranks are disjoint, epochs differ, and a resumed
+    run goes on where it stopped. (A DistributedSampler, because Lightning puts its own around
+    anything else.)
+
+    Args:
+        source: Where the draws come from; its length is one epoch of all ranks.
+        batch_size: Pairs in a batch of one rank, B.
+        num_replicas: Number of ranks, W.
+        rank: This rank, r.
+        position: Batches already trained in this run, asked for at the start of every epoch; None
+            counts epochs by set_epoch.
+        fixed: Every epoch is the same (validation).
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        batch_size: int = 1,
+        num_replicas: int = 1,
+        rank: int = 0,
+        position: Callable[[], int] | None = None,
+        fixed: bool = False,
+    ) -> None:
+        super().__init__(source, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.batch_size = batch_size
+        self.fixed = fixed
+        self.position = position
+        self.batches = len(source) // (batch_size * num_replicas)
+        if self.batches == 0:
+            raise RecipeError(
+                f"{len(source)} draws an epoch are less than one batch of {batch_size} on each of "
+                f"{num_replicas} ranks: raise the number of draws or lower batch_size"
+            )
+        # A resumed run may have another batch size or number of ranks: it goes on after the draws
+        # that were made, whatever made them.
+        self._base_batch = 0
+        self._base_draw = 0
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self._consumed_batches()
+        per_batch = self.num_replicas * self.batch_size
+        draws = [
+            self._first_draw(first) + g * per_batch + self.rank * self.batch_size + j
+            for g in range(self.batches)
+            for j in range(self.batch_size)
+        ]
+        return iter(draws)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the run is.
+
+        Returns:
+            Number of batches trained and the first draw that was not.
+        """
+        batches = self._consumed_batches()
+        return {"batches": batches, "draws": self._first_draw(batches)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another run stopped.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+        """
+        self._base_batch, self._base_draw = state["batches"], state["draws"]
+
+    def _consumed_batches(self) -> int:
+        if self.fixed:
+            return 0
+        if self.position is not None:
+            return self.position()
+        return self._base_batch + self.epoch * self.batches
+
+    def _first_draw(self, batch: int) -> int:
+        return self._base_draw + (batch - self._base_batch) * self.num_replicas * self.batch_size
+
+
+class DrawLoader(DataLoader[Pair]):
+    """A DataLoader whose place in the run is saved and restored by Lightning."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the sampler's state; Lightning saves it in the checkpoint.
+
+        Returns:
+            See :meth:`DrawSampler.state_dict`.
+        """
+        assert isinstance(self.sampler, DrawSampler)
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the sampler; Lightning calls this before the first batch of a resumed run.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+        """
+        assert isinstance(self.sampler, DrawSampler)
+        self.sampler.load_state_dict(state)
+
+
+class PairDataModule(pl.LightningDataModule):
+    """Training and validation pairs from folders of rendered views.
+
+    Args:
+        views: A view folder or a folder of them, to train on.
+        val_views: The same for validation; None trains without.
+        seed: Seed of the draws.
+        batch_size: Pairs in a batch of one rank.
+        num_workers: Loader processes of one rank; any number gives the same draws.
+        sampler: "covisible" (true matches) or "reference" (independent mask pixels).
+        num_keypoints: Keypoints a view.
+        min_keypoints: Fewer than this in a view make another pair of views be drawn.
+        min_angle_deg: Smallest view change of a pair in degrees.
+        max_angle_deg: Largest view change of a pair in degrees.
+        augment: True for the reference's ranges, False for none, or the ranges themselves.
+        background: "black", "noise", "gradient" or a folder of images, for training.
+        draws_per_epoch: Pairs of one epoch, over all ranks.
+        val_draws: Pairs of one validation, always the same ones, not augmented.
+        layout: Layout of the view folders: "auto", "equifeat" or "reference".
+        pin_memory: Copy batches to pinned memory, for a GPU.
+    """
+
+    def __init__(
+        self,
+        views: str | Path,
+        val_views: str | Path | None = None,
+        seed: int = 0,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        sampler: Sampler = "covisible",
+        num_keypoints: int = 1024,
+        min_keypoints: int = 32,
+        min_angle_deg: float = 0.0,
+        max_angle_deg: float = 120.0,
+        augment: bool | Augment = True,
+        background: str = "black",
+        draws_per_epoch: int = 10_000,
+        val_draws: int = 64,
+        layout: Layout = "auto",
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise RecipeError(
+                f"batch_size is {batch_size} and num_workers {num_workers}: use at least 1 and 0"
+            )
+        self.views = Path(views)
+        self.val_views = None if val_views is None else Path(val_views)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.sampler: Sampler = sampler
+        self.num_keypoints = num_keypoints
+        self.min_keypoints = min_keypoints
+        self.min_angle_deg = min_angle_deg
+        self.max_angle_deg = max_angle_deg
+        if isinstance(augment, bool):
+            self.augment = Augment() if augment else None
+        else:
+            self.augment = augment
+        self.background = background
+        self.draws_per_epoch = draws_per_epoch
+        self.val_draws = val_draws
+        self.layout: Layout = layout
+        self.pin_memory = pin_memory
+        self.train_source: PairSource | None = None
+        self.val_source: PairSource | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the view folders.
+
+        Args:
+            stage: Lightning's stage; training views are opened for "fit" or None only.
+        """
+        if stage in (None, "fit") and self.train_source is None:
+            self.train_source = self._source(self.views, training=True)
+        if self.val_views is not None and self.val_source is None:
+            self.val_source = self._source(self.val_views, training=False)
+
+    def train_dataloader(self) -> DrawLoader:
+        """Return the loader of training pairs; it goes on where a resumed run stopped.
+
+        Returns:
+            Batches as PairBatch.
+        """
+        if self.train_source is None:
+            self.setup("fit")
+        assert self.train_source is not None
+        return self._loader(self.train_source, training=True)
+
+    def val_dataloader(self) -> DrawLoader | list[DrawLoader]:
+        """Return the loader of validation pairs.
+
+        Returns:
+            Batches as PairBatch, the same every time; an empty list without val_views.
+        """
+        if self.val_source is None:
+            self.setup("validate")
+        return [] if self.val_source is None else self._loader(self.val_source, training=False)
+
+    def _source(self, folder: Path, training: bool) -> PairSource:
+        return PairSource(
+            open_views(folder, self.layout),
+            seed=self.seed,
+            sampler=self.sampler,
+            num_keypoints=self.num_keypoints,
+            min_keypoints=self.min_keypoints,
+            min_angle_deg=self.min_angle_deg,
+            max_angle_deg=self.max_angle_deg,
+            augment=self.augment if training else None,
+            background=self.background if training else "black",
+            length=self.draws_per_epoch if training else self.val_draws,
+            stream=0 if training else 1,
+        )
+
+    def _loader(self, source: PairSource, training: bool) -> DrawLoader:
+        trainer = self.trainer
+        draws = DrawSampler(
+            source,
+            self.batch_size,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            position=self._trained_batches if training and trainer else None,
+            fixed=not training,
+        )
+        return DrawLoader(
+            source,
+            batch_size=self.batch_size,
+            sampler=draws,
+            num_workers=self.num_workers,
+            collate_fn=collate_pairs,
+            drop_last=True,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+        )
+
+    def _trained_batches(self) -> int:
+        """Batches of this run whose training step is done, also by the run that was resumed."""
+        assert self.trainer is not None
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)

@@ -1,0 +1,316 @@
+"""Draw i → (object, two views, keypoints, 3D points): a pure function of (seed, i)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from equifeat.data.augment import Augment, AugmentedView, augment_view, check_background
+from equifeat.data.views import ObjectViews, View
+from equifeat.errors import CorrespondenceError, RecipeError, ViewsError
+from equifeat.geometry.camera import Camera, invert, relative, rotation_angle_deg, transform
+from equifeat.geometry.covisibility import correspond
+from equifeat.geometry.pixels import pixel_centers, pixel_index
+from equifeat.seeding import numpy_generator
+
+Sampler = Literal["covisible", "reference"]
+_ATTEMPTS = 20  # view pairs tried within one draw
+
+
+@dataclass
+class Pair:
+    """One training sample: two views of an object and keypoints with their 3D points.
+
+    Attributes:
+        object_name: Name of the object.
+        image0: (3, H, W) RGB in [0, 1] of view 0; image1 of view 1.
+        image1: See image0.
+        mask0: (H, W) where the object is in view 0; mask1 in view 1.
+        mask1: See mask0.
+        depth0: (H, W) z-depth in object units, 0 = background; depth1 of view 1.
+        depth1: See depth0.
+        camera0: Intrinsics of image0, after augmentation; camera1 of image1.
+        camera1: See camera0.
+        cam1_from_cam0: (4, 4) transform from camera 0 to camera 1.
+        keypoints0: (N, 2) xy pixels of image0.
+        keypoints1: (M, 2) xy pixels of image1. Sampler "covisible": M = N and row n is the true
+            match of keypoints0[n].
+        points3d0: (N, 3) object coordinates of keypoints0.
+        points3d1: (M, 3) object coordinates of keypoints1.
+        draw: Index of the draw.
+        view_change_deg: Rotation angle of cam1_from_cam0.
+        key0: Identity of the view before augmentation: object and index; key1 of view 1.
+        key1: See key0.
+        augmented0: Whether image0 differs from the rendered view; augmented1 of view 1.
+        augmented1: See augmented0.
+    """
+
+    object_name: str
+    image0: Tensor
+    image1: Tensor
+    mask0: Tensor
+    mask1: Tensor
+    depth0: Tensor
+    depth1: Tensor
+    camera0: Camera
+    camera1: Camera
+    cam1_from_cam0: Tensor
+    keypoints0: Tensor
+    keypoints1: Tensor
+    points3d0: Tensor
+    points3d1: Tensor
+    draw: int
+    view_change_deg: float
+    key0: tuple[str, int]
+    key1: tuple[str, int]
+    augmented0: bool
+    augmented1: bool
+
+
+class _Sampled(NamedTuple):
+    keypoints0: Tensor
+    keypoints1: Tensor
+    points3d0: Tensor
+    points3d1: Tensor
+
+
+class PairSource(Dataset[Pair]):
+    """Draws pairs of views with keypoints.
+
+    Every draw starts its own random streams from (seed, stream, draw), so it is the same in any
+    process, on any rank, in any order. A pair of views with too few keypoints is replaced within
+    the same draw, a bounded number of times.
+
+    Args:
+        objects: Objects to choose from, each equally often.
+        seed: Seed of the run.
+        sampler: "covisible": pixel centres of view 0 and where the same surface points lie in
+            view 1, tested for visibility; or "reference": mask pixels drawn independently in each
+            view.
+        num_keypoints: Keypoints a view; "covisible" gives fewer where fewer pixels are covisible.
+        min_angle_deg: Smallest view change (rotation angle between the cameras).
+        max_angle_deg: Largest view change; the reference skips pairs above 120.
+        augment: What may happen to each view, or None.
+        background: "black", "noise", "gradient" or a folder of images.
+        length: Draws of one epoch: len() of this dataset. Any draw ≥ 0 may be asked for.
+        min_keypoints: Fewer keypoints than this in a view make another pair be tried.
+        stream: Further number of the random streams; training is 0, validation 1.
+
+    Raises:
+        ViewsError: No objects, or one of them without a pair of views in the range of angles.
+        RecipeError: An argument out of range.
+    """
+
+    def __init__(
+        self,
+        objects: Sequence[ObjectViews],
+        seed: int = 0,
+        sampler: Sampler = "covisible",
+        num_keypoints: int = 1024,
+        min_angle_deg: float = 0.0,
+        max_angle_deg: float = 120.0,
+        augment: Augment | None = None,
+        length: int = 10_000,
+        background: str = "black",
+        min_keypoints: int = 32,
+        stream: int = 0,
+    ) -> None:
+        if not objects:
+            raise ViewsError("no objects to draw pairs from: give a folder with rendered views")
+        if sampler not in ("covisible", "reference"):
+            raise RecipeError(f"sampler {sampler!r} is unknown: use covisible or reference")
+        if seed < 0:
+            raise RecipeError(f"seed is {seed}: use 0 or more")
+        if min(num_keypoints, min_keypoints, length) < 1:
+            raise RecipeError(
+                f"num_keypoints, min_keypoints and length are {num_keypoints}, {min_keypoints} and "
+                f"{length}: each must be at least 1"
+            )
+        if not 0 <= min_angle_deg <= max_angle_deg:
+            raise RecipeError(
+                f"view change from {min_angle_deg} to {max_angle_deg} degrees is no range: "
+                "use 0 ≤ min_angle_deg ≤ max_angle_deg"
+            )
+        check_background(background)
+        self.objects = list(objects)
+        self.seed = seed
+        self.stream = stream
+        self.sampler = sampler
+        self.num_keypoints = num_keypoints
+        self.min_keypoints = min(min_keypoints, num_keypoints)
+        self.augment = augment
+        self.background = background
+        self.length = length
+        self._pairs = _pairs_in_range(self.objects, min_angle_deg, max_angle_deg)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, draw: int) -> Pair:
+        return self.draw(draw)
+
+    def draw(self, i: int) -> Pair:
+        """Return draw i.
+
+        Args:
+            i: Index of the draw, ≥ 0; not limited by the length.
+
+        Returns:
+            The pair; it depends on (seed, i) and this source's arguments only.
+
+        Raises:
+            CorrespondenceError: No pair of views with enough keypoints was found.
+            ImageError: A picture cannot be read.
+        """
+        if i < 0:
+            raise IndexError(f"draw {i}: draws count from 0")
+        which = int(numpy_generator(self.seed, self.stream, i, 0).integers(len(self.objects)))
+        views, pairs = self.objects[which], self._pairs[which]
+        tried: list[tuple[int, int, int]] = []
+        for attempt in range(_ATTEMPTS):
+            rng = numpy_generator(self.seed, self.stream, i, 1, attempt)
+            index0, index1 = (int(v) for v in pairs[int(rng.integers(len(pairs)))])
+            view0, view1 = views.view(index0), views.view(index1)
+            found = self._sample(view0, view1, views.depth_step, rng)
+            pair = self._augmented(views.name, (index0, index1), (view0, view1), found, i, attempt)
+            count = min(len(pair.keypoints0), len(pair.keypoints1))
+            if count >= self.min_keypoints:
+                return pair
+            tried.append((index0, index1, count))
+        shown = "; ".join(f"{a}→{b}: {n}" for a, b, n in tried[:4])
+        raise CorrespondenceError(
+            f"{views.name}: draw {i} found no two views with {self.min_keypoints} keypoints in "
+            f"{_ATTEMPTS} attempts (views → keypoints {shown}, …): lower max_angle_deg or "
+            "min_keypoints, or render more or larger views"
+        )
+
+    def _sample(
+        self, view0: View, view1: View, depth_step: float, rng: np.random.Generator
+    ) -> _Sampled:
+        xy0 = self._mask_pixels(view0, rng, all_of_them=self.sampler == "covisible")
+        z0 = _depth_at(view0, xy0)
+        if self.sampler == "reference":
+            xy1 = self._mask_pixels(view1, rng, all_of_them=False)
+            points0, points1 = _lift(view0, xy0, z0), _lift(view1, xy1, _depth_at(view1, xy1))
+            return _Sampled(xy0, xy1, points0, points1)
+        # Both tests leave room for the rounding of the depth pictures: a step moves a point that
+        # is seen from the side by up to focal * step / depth pixels.
+        nearest = float(z0.min()) if len(z0) else 1.0
+        rounding_px = float(view0.camera.K[0, 0]) * depth_step / nearest
+        found = correspond(
+            xy0,
+            z0,
+            view1.depth,
+            view0.camera,
+            view1.camera,
+            relative(view0.cam_from_world, view1.cam_from_world),
+            depth_tol=1e-3 + depth_step,
+            max_error_px=0.05 + rounding_px,
+        )
+        rows = found.covisible.nonzero()[:, 0]
+        if len(rows) > self.num_keypoints:
+            chosen = rng.choice(len(rows), self.num_keypoints, replace=False)
+            rows = rows[torch.from_numpy(np.sort(chosen))]
+        points = _lift(view0, xy0[rows], z0[rows])
+        return _Sampled(xy0[rows], found.xy[rows], points, points)
+
+    def _mask_pixels(self, view: View, rng: np.random.Generator, all_of_them: bool) -> Tensor:
+        """Pixel centres of the object: all, or num_keypoints drawn (twice only if too few)."""
+        xy = pixel_centers(view.camera.size_hw)[view.mask & (view.depth > 0)]
+        if all_of_them or len(xy) == 0:
+            return xy
+        few = len(xy) < self.num_keypoints
+        chosen = rng.choice(len(xy), self.num_keypoints, replace=few)
+        return xy[torch.from_numpy(chosen)]
+
+    def _augmented(
+        self,
+        name: str,
+        indices: tuple[int, int],
+        views: tuple[View, View],
+        found: _Sampled,
+        draw: int,
+        attempt: int,
+    ) -> Pair:
+        out: list[AugmentedView] = [
+            augment_view(
+                view.image,
+                view.mask,
+                view.depth,
+                view.camera,
+                keypoints,
+                self.augment,
+                self.background,
+                numpy_generator(self.seed, self.stream, draw, 2, attempt, side),
+            )
+            for side, (view, keypoints) in enumerate(
+                zip(views, (found.keypoints0, found.keypoints1), strict=True)
+            )
+        ]
+        kept0, kept1 = out[0].kept, out[1].kept
+        if self.sampler == "covisible":
+            # A true match needs both of its ends.
+            kept0 = kept1 = kept0 & kept1
+        cam1_from_cam0 = relative(views[0].cam_from_world, views[1].cam_from_world)
+        return Pair(
+            object_name=name,
+            image0=out[0].image,
+            image1=out[1].image,
+            mask0=out[0].mask,
+            mask1=out[1].mask,
+            depth0=out[0].depth,
+            depth1=out[1].depth,
+            camera0=out[0].camera,
+            camera1=out[1].camera,
+            cam1_from_cam0=cam1_from_cam0,
+            keypoints0=out[0].keypoints[kept0],
+            keypoints1=out[1].keypoints[kept1],
+            points3d0=found.points3d0[kept0],
+            points3d1=found.points3d1[kept1],
+            draw=draw,
+            view_change_deg=float(rotation_angle_deg(cam1_from_cam0[:3, :3])),
+            key0=(name, indices[0]),
+            key1=(name, indices[1]),
+            augmented0=out[0].changed,
+            augmented1=out[1].changed,
+        )
+
+
+def _depth_at(view: View, xy: Tensor) -> Tensor:
+    column, row = pixel_index(xy).unbind(-1)
+    return view.depth[row, column]
+
+
+def _lift(view: View, xy: Tensor, z: Tensor) -> Tensor:
+    """Lift pixels to object coordinates."""
+    return transform(invert(view.cam_from_world), view.camera.unproject(xy, z))
+
+
+def _pairs_in_range(
+    objects: Sequence[ObjectViews], min_deg: float, max_deg: float
+) -> list[np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
+    """(P, 2) ordered pairs of different views of every object, computed once a set of poses."""
+    known: dict[bytes, np.ndarray[tuple[int, int], np.dtype[np.int64]]] = {}
+    out = []
+    for views in objects:
+        poses = views.cam_from_world.double()
+        key = poses.numpy().tobytes()
+        if key not in known:
+            angle = rotation_angle_deg(relative(poses[:, None], poses[None])[..., :3, :3])
+            # The slack keeps views that are exactly on the limit whatever the rounding.
+            ok = (angle >= min_deg - 1e-3) & (angle <= max_deg + 1e-3)
+            ok.fill_diagonal_(False)
+            known[key] = np.asarray(ok.nonzero().numpy(), dtype=np.int64)
+        if len(known[key]) == 0:
+            raise ViewsError(
+                f"{views.folder}: no two views are {min_deg} to {max_deg} degrees apart; change "
+                "min_angle_deg or max_angle_deg, or render more views"
+            )
+        out.append(known[key])
+    return out

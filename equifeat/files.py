@@ -1,0 +1,63 @@
+"""Write whole files or none: a temporary name beside the target, then a rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """Give a temporary path that becomes the target when the block ends without an error.
+
+    Args:
+        target: File to write; its folder is made.
+
+    Yields:
+        A path in the same folder with the same suffix.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp_", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    path = Path(name)
+    try:
+        yield path
+        # mkstemp makes private files; a result is as readable as any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+        path.replace(target)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes the target when the block ends without an error.
+
+    Args:
+        target: Folder to write; an older one is replaced at the end.
+
+    Yields:
+        An empty folder beside the target.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=f".tmp_{target.name}_", dir=target.parent))
+    try:
+        yield path
+        path.chmod(0o755)
+        if target.exists():
+            old = path.with_name(path.name + "_old")
+            target.rename(old)
+            path.rename(target)
+            shutil.rmtree(old)
+        else:
+            path.rename(target)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Geometry: the pixel convention, cameras, covisibility."""

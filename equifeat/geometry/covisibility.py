@@ -1,0 +1,143 @@
+"""Dense correspondences of two posed depth maps, with a depth test.
+
+Convention:
+    xy of a correspondence is where the surface point at the *centre* of a pixel of view 0 appears
+    in view 1. It is exact in the depth of view 0; view 1's depth only decides whether it is seen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from equifeat.geometry.camera import Camera, invert, transform
+from equifeat.geometry.pixels import inside, pixel_centers, sample
+
+
+class Correspondences(NamedTuple):
+    """Points of view 0 seen in view 1.
+
+    Attributes:
+        xy: (..., 2) pixels of view 1; NaN where view 0 has no surface or it lies behind camera 1.
+        covisible: (...) whether the same surface point is visible in view 1.
+    """
+
+    xy: Tensor
+    covisible: Tensor
+
+
+def surface_depth(
+    depth: Float[Tensor, "h w"], xy: Float[Tensor, "n 2"]
+) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
+    """Interpolate a depth map at points, as 1/z: that is exact for planes.
+
+    Args:
+        depth: (H, W) z-depth, 0 = background.
+        xy: (N, 2) pixels, may lie outside or be NaN.
+
+    Returns:
+        Depth (N,) and whether all four pixels around the point are surface and inside.
+    """
+    size_hw = (depth.shape[-2], depth.shape[-1])
+    solid = (depth > 0).to(depth.dtype)
+    inverse = torch.where(depth > 0, 1.0 / depth.clamp_min(1e-12), torch.zeros_like(depth))
+    ok = inside(xy, size_hw)
+    at = torch.where(ok.unsqueeze(-1), xy, torch.zeros_like(xy))
+    both = sample(torch.stack([inverse, solid])[None], at[None], size_hw)[0]
+    ok = ok & (both[:, 1] > 1.0 - 1e-4)
+    return torch.where(ok, 1.0 / both[:, 0].clamp_min(1e-12), torch.zeros_like(both[:, 0])), ok
+
+
+def correspond(
+    xy0: Float[Tensor, "n 2"],
+    z0: Float[Tensor, "n"],
+    depth1: Float[Tensor, "h w"],
+    camera0: Camera,
+    camera1: Camera,
+    cam1_from_cam0: Float[Tensor, "4 4"],
+    depth_tol: float = 1e-3,
+    max_error_px: float = 0.05,
+) -> Correspondences:
+    """Find points of view 0 in view 1 and test whether they are visible there.
+
+    A point is covisible when view 1's own surface at the reprojected pixel has the same depth
+    (within depth_tol) and, carried back to view 0, lands within max_error_px of where it came
+    from. Both are strict on purpose: near creases and silhouettes view 1's interpolated depth is
+    not the surface's, and such pixels are dropped rather than trusted.
+
+    Args:
+        xy0: (N, 2) pixels of view 0.
+        z0: (N,) z-depth there, 0 = background.
+        depth1: (H, W) z-depth of view 1, 0 = background.
+        camera0: Intrinsics of view 0.
+        camera1: Intrinsics of view 1.
+        cam1_from_cam0: Transform from camera 0 to camera 1.
+        depth_tol: Largest depth difference in object units.
+        max_error_px: Largest round-trip error in pixels of view 0.
+
+    Returns:
+        xy (N, 2) in view 1 and covisible (N,).
+    """
+    points1 = transform(cam1_from_cam0, camera0.unproject(xy0, z0))
+    nan = torch.full_like(xy0, float("nan"))
+    xy1 = torch.where((z0 > 0).unsqueeze(-1), camera1.project(points1), nan)
+    seen, covisible = surface_depth(depth1, xy1)
+    covisible = covisible & ((seen - points1[..., 2]).abs() <= depth_tol)
+    points0 = transform(invert(cam1_from_cam0), camera1.unproject(xy1, seen))
+    error = (camera0.project(points0) - xy0).norm(dim=-1)
+    return Correspondences(xy1, covisible & (error <= max_error_px))
+
+
+def dense_correspondences(
+    depth0: Float[Tensor, "h0 w0"],
+    depth1: Float[Tensor, "h1 w1"],
+    camera0: Camera,
+    camera1: Camera,
+    cam1_from_cam0: Float[Tensor, "4 4"],
+    depth_tol: float = 1e-3,
+    max_error_px: float = 0.05,
+) -> Correspondences:
+    """For every pixel of view 0: its xy in view 1 and whether it is covisible.
+
+    Args:
+        depth0: (H0, W0) z-depth of view 0, 0 = background.
+        depth1: (H1, W1) z-depth of view 1.
+        camera0: Intrinsics of view 0.
+        camera1: Intrinsics of view 1.
+        cam1_from_cam0: Transform from camera 0 to camera 1.
+        depth_tol: See :func:`correspond`.
+        max_error_px: See :func:`correspond`.
+
+    Returns:
+        xy (H0, W0, 2) in view 1 and covisible (H0, W0).
+    """
+    h, w = depth0.shape
+    xy0 = pixel_centers((h, w), depth0.device, depth0.dtype).reshape(-1, 2)
+    found = correspond(
+        xy0,
+        depth0.reshape(-1),
+        depth1,
+        camera0,
+        camera1,
+        cam1_from_cam0,
+        depth_tol,
+        max_error_px,
+    )
+    return Correspondences(found.xy.reshape(h, w, 2), found.covisible.reshape(h, w))
+
+
+def overlap(correspondences: Correspondences, depth0: Float[Tensor, "h w"]) -> float:
+    """Return the share of view 0's surface pixels that are covisible in view 1.
+
+    Args:
+        correspondences: Result of :func:`dense_correspondences`.
+        depth0: Depth of view 0.
+
+    Returns:
+        A number from 0 to 1; 0 when view 0 is empty.
+    """
+    surface = int((depth0 > 0).sum())
+    return float(correspondences.covisible.sum()) / surface if surface else 0.0

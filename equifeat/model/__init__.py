@@ -1,0 +1,1 @@
+"""Model: weights, frozen backbone, LoRA adapter, head, extractor."""

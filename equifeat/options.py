@@ -1,0 +1,66 @@
+"""Option parsers whose errors are one sentence with the nearest existing option."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from pytorch_lightning.cli import LightningArgumentParser
+
+from equifeat.errors import RecipeError, suggest
+
+_UNKNOWN = (
+    re.compile(r"[Uu]nrecognized arguments?: (?P<key>\S+)"),
+    re.compile(r"[Kk]ey [\"'](?P<key>[^\"']+)[\"'] is not expected"),
+    re.compile(r"[Nn]ested key [\"'](?P<key>[^\"']+)[\"']"),
+    re.compile(r"[Gg]roup '.*' does not accept nested key '(?P<key>[^']+)'"),
+)
+
+
+def _known_keys(parser: ArgumentParser) -> set[str]:
+    keys: set[str] = set()
+    for action in parser._actions:
+        keys.add(action.dest)
+        choices = getattr(action, "choices", None)
+        if isinstance(choices, dict):  # sub-commands
+            for sub in choices.values():
+                keys |= _known_keys(sub)
+    return keys - {"help", "==SUPPRESS=="}
+
+
+class SentenceError:
+    """Mix-in for jsonargparse parsers: raise RecipeError instead of printing a usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a RecipeError with one sentence.
+
+        Args:
+            message: jsonargparse's own message, possibly over several lines.
+            ex: The exception behind it.
+
+        Raises:
+            RecipeError: Always.
+        """
+        sentence = " ".join(message.split())
+        for pattern in _UNKNOWN:
+            found = pattern.search(sentence)
+            if found:
+                key = found["key"].lstrip("-").split("=")[0]
+                known = {name.replace("_", "-") if "." not in name else name
+                         for name in _known_keys(getattr(ex, "subcommand_parser", None) or self)}
+                short = {name.rsplit(".", 1)[-1]: name for name in known}
+                hint = suggest(key, known) or suggest(key.rsplit(".", 1)[-1], short)
+                raise RecipeError(f"unknown option or recipe key {key!r}.{hint}") from ex
+        raise RecipeError(f"{sentence} (--help lists the options)") from ex
+
+
+class OptionParser(SentenceError, ArgumentParser):
+    """The parser of every command but fit and validate."""
+
+
+class RecipeParser(SentenceError, LightningArgumentParser):
+    """The parser of fit and validate."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
