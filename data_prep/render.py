@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,18 +10,27 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from data_prep.coverage import CoverageCheck
 from data_prep.mesh import SUFFIXES, Mesh, load_mesh
+from data_prep.render_summary import ObjectReport, RenderSummary, Status
 from data_prep.renderers import Renderer, RendererName, choose_renderer, open_renderer
 from data_prep.view_folder import ViewFolderWriter, depth_step, finished_record
 from data_prep.viewpoints import ViewpointOptions, Viewpoints, make_viewpoints
 from equifeat.errors import EquifeatError, MeshError, RenderError
 
-Status = Literal["done", "skipped", "failed"]
+__all__ = [
+    "ObjectReport",
+    "RenderOptions",
+    "RenderSummary",
+    "ViewpointOptions",
+    "find_meshes",
+    "render_many",
+    "render_object",
+]
 
 
 @dataclass(frozen=True)
@@ -50,67 +58,6 @@ class RenderOptions:
         points = dataclasses.asdict(self.viewpoints)
         points["elevation"] = list(points["elevation"])
         return {"size": self.size, "normals": self.normals, **points}
-
-
-@dataclass(frozen=True)
-class ObjectReport:
-    """What became of one mesh.
-
-    Attributes:
-        source: The mesh file, or the object's name.
-        status: "done", "skipped" (finished earlier) or "failed".
-        folder: The object's folder, None when it failed.
-        views: Number of views written now.
-        seconds: Wall-clock time.
-        error: One sentence, empty unless it failed.
-    """
-
-    source: str
-    status: Status
-    folder: Path | None
-    views: int
-    seconds: float
-    error: str = ""
-
-
-@dataclass
-class RenderSummary:
-    """What became of all meshes.
-
-    Attributes:
-        reports: One an object, in order of completion.
-        renderer: The renderer used.
-        reason: Why it was taken.
-        seconds: Wall-clock time of the whole run.
-    """
-
-    reports: list[ObjectReport] = field(default_factory=list)
-    renderer: str = ""
-    reason: str = ""
-    seconds: float = 0.0
-
-    def count(self, status: Status) -> int:
-        """Return how many objects ended with a status."""
-        return sum(r.status == status for r in self.reports)
-
-    @property
-    def failures(self) -> list[tuple[str, str]]:
-        """(source, error sentence) of the objects that failed."""
-        return [(r.source, r.error) for r in self.reports if r.status == "failed"]
-
-    @property
-    def objects_per_hour(self) -> float:
-        """Objects rendered now, an hour of wall-clock time."""
-        return 3600.0 * self.count("done") / max(self.seconds, 1e-9)
-
-    def __str__(self) -> str:
-        views = sum(r.views for r in self.reports)
-        return (
-            f"{self.count('done')} rendered, {self.count('skipped')} skipped, "
-            f"{self.count('failed')} failed with {self.renderer} in {self.seconds:.1f} s: "
-            f"{self.objects_per_hour:.0f} objects/hour, "
-            f"{views / max(self.seconds, 1e-9):.1f} views/s"
-        )
 
 
 def render_object(
@@ -327,8 +274,3 @@ def find_meshes(paths: Sequence[Path]) -> list[Path]:
         else:
             raise MeshError(f"{path}: no such mesh file or folder")
     return files
-
-
-def default_workers() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,8 @@
-"""The folder of one rendered object: PNG files and views.json, there whole or not at all."""
+"""The folder of one rendered object: PNG files and views.json, there whole or not at all.
+
+color is 8-bit RGB over black; depth 16-bit, z = value * depth_step, 0 = background; mask 0 or 255;
+normal 8-bit RGB, n = (value - 128) / 127 in camera axes, grey 128 = background.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ FORMAT = "equifeat-views"
 VERSION = 1
 _MAX_STEP = 1e-4
 # Level 1 is five times faster than the default and 15 % larger on these pictures.
-_PNG = {"compress_level": 1}
+_COMPRESS_LEVEL = 1
 
 
 def depth_step(max_depth: float) -> float:
@@ -95,7 +99,7 @@ class ViewFolderWriter:
             images["normal"] = np.rint(view.normals * 127.0 + 128.0).astype(np.uint8)
         for kind, pixels in images.items():
             path = self._temporary / f"{kind}_{index}"
-            Image.fromarray(np.ascontiguousarray(pixels)).save(path, **_PNG)
+            Image.fromarray(np.ascontiguousarray(pixels)).save(path, compress_level=_COMPRESS_LEVEL)
         self._cameras.append({"K": K.tolist(), "cam_from_world": cam_from_world.tolist()})
 
     def finish(self, record: dict[str, Any]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import trimesh
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equifeat.errors import RenderError
 from equifeat.geometry.camera import look_at
 from equifeat.seeding import numpy_generator
+
+Array = NDArray[Any]
 
 # 560 px at 512 px is the reference's focal length (BlenderProc, 3DCorrEnhance).
 _FOCAL_OVER_SIZE = 560.0 / 512.0
@@ -106,10 +109,7 @@ def make_viewpoints(options: ViewpointOptions, size_hw: tuple[int, int]) -> View
     """
     eyes = torch.from_numpy(_directions(options)) * options.distance
     jitter = np.stack(
-        [
-            numpy_generator(options.seed, i).uniform(-1.0, 1.0, size=5)
-            for i in range(options.count)
-        ]
+        [numpy_generator(options.seed, i).uniform(-1.0, 1.0, size=5) for i in range(options.count)]
     )
     target = torch.from_numpy(jitter[:, :3] * options.look_at_jitter)
     poses = look_at(eyes, target, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
@@ -121,7 +121,9 @@ def make_viewpoints(options: ViewpointOptions, size_hw: tuple[int, int]) -> View
 
 
 def _intrinsics(
-    options: ViewpointOptions, size_hw: tuple[int, int], jitter: np.ndarray[tuple[int], np.dtype[np.float64]]
+    options: ViewpointOptions,
+    size_hw: tuple[int, int],
+    jitter: Array,
 ) -> Tensor:
     h, w = size_hw
     side = float(max(h, w))
@@ -134,12 +136,13 @@ def _intrinsics(
     return K
 
 
-def _directions(options: ViewpointOptions) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _directions(options: ViewpointOptions) -> Array:
     """Return (V, 3) unit vectors from the object to the cameras, +y up."""
     if tuple(options.elevation) == _WHOLE and options.count in _ICOSPHERES:
         sphere = trimesh.creation.icosphere(subdivisions=_ICOSPHERES[options.count])
         vertices = np.asarray(sphere.vertices, dtype=np.float64)
-        return vertices / np.linalg.norm(vertices, axis=1, keepdims=True)
+        out: Array = vertices / np.linalg.norm(vertices, axis=1, keepdims=True)
+        return out
     low, high = np.sin(np.deg2rad(options.elevation))
     steps = np.arange(options.count)
     y = low + (high - low) * (steps + 0.5) / options.count

@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("equifeat.demo:demo", "train on one object and report, end to end"),
+    "procedural": Command("equifeat.commands:procedural", "write example meshes"),
     "render": Command("data_prep.render:render_command", "meshes to posed views", ("meshes",)),
     "fit": Command("equifeat.train.cli:main", "finetune from a recipe (LightningCLI)"),
     "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
@@ -36,10 +37,9 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [f"equifeat {__version__}: usage: equifeat COMMAND [OPTIONS]", "", *lines, ""]
-        + ["equifeat COMMAND --help lists the options of a command"]
-    )
+    first = f"equifeat {__version__}: usage: equifeat COMMAND [OPTIONS]"
+    last = "equifeat COMMAND --help lists the options of a command"
+    return "\n".join([first, "", *lines, "", last])
 
 
 def _split(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,7 +1,9 @@
-"""What the evaluate, features and match commands do."""
+"""What the evaluate, features, match and procedural commands do."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +12,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_prep.procedural import write_procedural
 from equifeat.checkpoint import load_model
-from equifeat.data.views import open_views, read_image
-from equifeat.errors import ImageError, KeypointError, RecipeError, WeightsError
+from equifeat.data.images import read_image
+from equifeat.data.views import open_views
+from equifeat.errors import KeypointError, RecipeError
 from equifeat.eval.equivariance import evaluate_equivariance
 from equifeat.eval.matching import mutual_nearest, nearest
-from equifeat.files import write_bytes, write_npz
+from equifeat.files import atomic_file
 from equifeat.geometry.pixels import inside, patch_centers
 from equifeat.model.extractor import FeatureExtractor, build_extractor
+from equifeat.model.feature_map import FeatureMap
 from equifeat.model.weights import PACKAGED_BACKBONE, packaged_available
 from equifeat.progress import progress
-from equifeat.viz import match_picture, pca_rgb
+from equifeat.viz import match_picture, pca_rgb, save_png
+
+# Candidates for keypoints lie this many pixels of the target image apart.
+_CANDIDATE_STRIDE = 4
 
 
 def open_model(model: str, weights: str = "auto", device: str = "cpu") -> FeatureExtractor:
@@ -41,30 +49,21 @@ def open_model(model: str, weights: str = "auto", device: str = "cpu") -> Featur
         ModelNameError: timm has no such model.
     """
     if Path(model).exists() or "/" in model or model.startswith("."):
-        return load_model(Path(model), device=device)
+        return load_model(Path(model), device).eval()
     if weights == "auto":
         weights = "packaged" if model == PACKAGED_BACKBONE and packaged_available() else "hub"
-    return build_extractor(model, weights=weights, head="none", lora_blocks=0).to(device).eval()
-
-
-def _patches(model: FeatureExtractor, resolution: int | None) -> int | None:
-    if resolution is None:
-        return None
-    if resolution < model.backbone.patch_size:
-        raise RecipeError(
-            f"--resolution {resolution} is less than one patch of {model.backbone.patch_size} px"
-        )
-    return round(resolution / model.backbone.patch_size)
+    return build_extractor(model, weights, lora_blocks=0).to(device).eval()
 
 
 def equivariance(
     views: Path,
-    model: list[str],
+    model: Sequence[str],
     out: Path | None = None,
     weights: str = "auto",
     pairs: str = "all",
     points: str = "500",
     target_stride: int = 1,
+    min_angle: float = 0.0,
     max_angle: float = 180.0,
     normalizer: Literal["box", "image"] = "box",
     resolution: int | None = None,
@@ -79,41 +78,254 @@ def equivariance(
         out: JSON file to write.
         weights: Weights of the raw models: auto, hub, packaged, random or a file.
         pairs: "all" ordered pairs, or a number drawn per object.
-        points: "dense" or a number of covisible pixels drawn per pair.
+        points: "dense", or a number of covisible pixels drawn per pair.
         target_stride: Match against every n-th mask pixel of the target view, in x and y.
+        min_angle: Smallest view change in degrees.
         max_angle: Largest view change in degrees.
         normalizer: "box" (longer side of the object's box in the target view) or "image".
-        resolution: Longer side of the model's input in pixels; None keeps the view's size.
+        resolution: Patches on the longer side of the model's input; the views' own size when None.
         seed: Seed of the drawn pairs, points and bootstrap.
         device: Device of the models.
 
     Returns:
-        The table as text.
+        The tables as text.
+
+    Raises:
+        RecipeError: An option makes no sense.
     """
     objects = open_views(views)
-    results = []
-    for name in model:
-        extractor = open_model(name, weights, device)
-        results.append(
-            evaluate_equivariance(
-                extractor,
-                objects,
-                name=name,
-                pairs=pairs if pairs == "all" else _count("--pairs", pairs),
-                points=points if points == "dense" else _count("--points", points),
-                target_stride=target_stride,
-                max_angle_deg=max_angle,
-                normalizer=normalizer,
-                resolution=_patches(extractor, resolution),
-                seed=seed,
-                progress=progress,
-            )
+    if len(set(model)) < len(model):
+        raise RecipeError(f"--model names {', '.join(model)}: each model once")
+    results = [
+        evaluate_equivariance(
+            open_model(name, weights, device),
+            objects,
+            name=name,
+            pairs="all" if pairs == "all" else _count("--pairs", pairs, "all"),
+            points="dense" if points == "dense" else _count("--points", points, "dense"),
+            min_angle_deg=min_angle,
+            max_angle_deg=max_angle,
+            target_stride=target_stride,
+            normalizer=normalizer,
+            resolution=resolution,
+            seed=seed,
+            progress=progress,
         )
-    raise AssertionError
+        for name in model
+    ]
+    result = results[0].merged(*results[1:])
+    if out is not None:
+        result.save(out)
+    tables = [result.table(), result.table(cells=result.bin_cells())]
+    if len(model) > 1:
+        tables.append(result.table(cells=result.difference_cells(model[0])))
+    return "\n\n".join([*tables, result.caption()])
 
 
-def _count(option: str, value: str) -> int:
+def _count(option: str, value: str, word: str) -> int:
     if not value.isdigit() or int(value) < 1:
-        word = "all" if option == "--pairs" else "dense"
         raise RecipeError(f"{option} {value!r} must be {word} or a number of at least 1")
     return int(value)
+
+
+def features(
+    images: Sequence[Path],
+    model: str,
+    out: Path,
+    weights: str = "auto",
+    resolution: int | None = None,
+    device: str = "cpu",
+) -> str:
+    """Write the features of images as npz files and a picture of their principal components.
+
+    Args:
+        images: Image files.
+        model: A model folder or the name of a timm ViT.
+        out: Folder for NAME.npz (features (D, h, w), size_hw, stride) and NAME_pca.png.
+        weights: Weights of a raw model: auto, hub, packaged, random or a file.
+        resolution: Patches on the longer side of the model's input; the image's own size when None.
+        device: Device of the model.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ImageError: A file is not an image; nothing is written then.
+        RecipeError: Two images have one name.
+    """
+    names = [path.stem for path in images]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"two images are named {name!r}: run them with different --out")
+    pixels = [read_image(path) for path in images]
+    extractor = open_model(model, weights, device)
+    maps = []
+    for path, image in progress(list(zip(images, pixels, strict=True)), "features"):
+        found = _dense(extractor, image, resolution)
+        maps.append(found)
+        arrays = {
+            "features": found.features[0].cpu().numpy(),
+            "size_hw": np.array(found.size_hw),
+            "stride_yx": np.array(found.stride),
+            "model": np.array(model),
+        }
+        with atomic_file(out / f"{path.stem}.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    # One basis for all images, so that equal colours mean equal features.
+    flat = torch.cat([m.features[0].flatten(1) for m in maps], dim=1)[None, :, None]
+    colors = pca_rgb(flat)[0, 0].split([m.grid_hw[0] * m.grid_hw[1] for m in maps])
+    for path, color, found in zip(images, colors, maps, strict=True):
+        rgb = (color.reshape(*found.grid_hw, 3) * 255).round().byte().numpy()
+        height, width = found.size_hw
+        picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.NEAREST)
+        save_png(picture, out / f"{path.stem}_pca.png")
+    return f"wrote {len(images)} npz files and {len(images)} pictures to {out}"
+
+
+def _dense(extractor: FeatureExtractor, image: Tensor, resolution: int | None) -> FeatureMap:
+    with torch.inference_mode():
+        return extractor.dense(image[None], resolution)
+
+
+def match(
+    images: Sequence[Path],
+    model: str,
+    out: Path,
+    keypoints: Path | None = None,
+    weights: str = "auto",
+    resolution: int | None = None,
+    device: str = "cpu",
+) -> str:
+    """Match two images, and write matches.npz and matches.png.
+
+    Without keypoints the centres of all patches are matched and mutual nearest neighbours kept.
+    With keypoints each gets its nearest point of the second image, and whether the way back ends
+    within one patch of it.
+
+    Args:
+        images: Two images, A and B.
+        model: A model folder or the name of a timm ViT.
+        out: Folder to write to.
+        keypoints: Points of A: text with x and y on each line, a JSON list, or an npy array, in
+            pixels; the centre of the first pixel is (0.5, 0.5).
+        weights: Weights of a raw model: auto, hub, packaged, random or a file.
+        resolution: Patches on the longer side of the model's input; the image's own size when None.
+        device: Device of the model.
+
+    Returns:
+        What was found.
+
+    Raises:
+        RecipeError: Not two images.
+        KeypointError: A keypoint outside the image, or an unreadable file.
+    """
+    if len(images) != 2:
+        raise RecipeError(f"equifeat match takes two images, not {len(images)}")
+    image0, image1 = (read_image(path) for path in images)
+    size0, size1 = ((i.shape[1], i.shape[2]) for i in (image0, image1))
+    asked = None if keypoints is None else read_keypoints(keypoints, size0)
+    extractor = open_model(model, weights, device)
+    map0, map1 = (_dense(extractor, image, resolution) for image in (image0, image1))
+    if asked is None:
+        xy0, d0 = _grid(map0, map0.grid_hw)
+        xy1, d1 = _grid(map1, map1.grid_hw)
+        found = mutual_nearest(d0, d1)
+        keep = found.matches0 >= 0
+        xy0, xy1 = xy0[keep], xy1[found.matches0[keep]]
+        similarity, mutual = found.similarity[keep], torch.ones(len(xy0), dtype=torch.bool)
+    else:
+        xy0 = asked
+        fine0, back = _grid(map0, _fine(size0))
+        fine1, d1 = _grid(map1, _fine(size1))
+        found = nearest(map0.sample(xy0[None].to(device))[0], d1)
+        xy1, similarity = fine1[found.matches0], found.similarity
+        returned = fine0[nearest(d1[found.matches0], back).matches0]
+        mutual = (returned - xy0).norm(dim=-1) <= max(map0.stride)
+    arrays = {"keypoints0": xy0, "keypoints1": xy1, "similarity": similarity, "mutual": mutual}
+    with atomic_file(out / "matches.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
+    best = similarity.argsort(descending=True)[:150]
+    picture = match_picture(
+        image0,
+        image1,
+        xy0[best],
+        xy1[best],
+        similarity[best],
+        value_range=(float(similarity[best].min()), float(similarity[best].max())),
+        label="cosine similarity",
+        colormap="viridis",
+        titles=(images[0].name, images[1].name),
+        title=f"{len(xy0)} matches" + (", the 150 most similar shown" if len(xy0) > 150 else ""),
+    )
+    save_png(picture, out / "matches.png")
+    return f"{len(xy0)} matches, {int(mutual.sum())} mutual: {out}/matches.npz, {out}/matches.png"
+
+
+def _fine(size_hw: tuple[int, int]) -> tuple[int, int]:
+    return max(1, size_hw[0] // _CANDIDATE_STRIDE), max(1, size_hw[1] // _CANDIDATE_STRIDE)
+
+
+def _grid(found: FeatureMap, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Points on a regular grid over the image, on the CPU, and their descriptors."""
+    xy = patch_centers(grid_hw, found.size_hw).reshape(-1, 2)
+    descriptors = found.sample(xy[None].to(found.features.device))[0].cpu()
+    return xy, descriptors
+
+
+def read_keypoints(path: Path, size_hw: tuple[int, int]) -> Tensor:
+    """Read points of an image.
+
+    Args:
+        path: .npy, .json, or text with x and y on each line (comma or blank between).
+        size_hw: Height and width of the image.
+
+    Returns:
+        (N, 2) float32 xy in pixels.
+
+    Raises:
+        KeypointError: The file is unreadable or a point lies outside the image.
+    """
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif path.suffix == ".json":
+            values = np.array(json.loads(path.read_text()), dtype=np.float32)
+        else:
+            lines = path.read_text().replace(",", " ").split("\n")
+            values = np.array([line.split() for line in lines if line.strip()], dtype=np.float32)
+        points = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise KeypointError(f"{path}: unreadable keypoints ({reason}); write x y lines") from error
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        shape = tuple(points.shape)
+        raise KeypointError(f"{path}: keypoints must be N rows of x and y, not of shape {shape}")
+    outside = ~inside(points, size_hw)
+    if outside.any():
+        x, y = points[outside][0].tolist()
+        h, w = size_hw
+        raise KeypointError(
+            f"{path}: keypoint ({x:g}, {y:g}) lies outside the image of {w}x{h} px; "
+            "give pixels with 0 <= x < width and 0 <= y < height"
+        )
+    return points
+
+
+def procedural(out: Path, count: int = 1, seed: int = 0) -> str:
+    """Write textured, asymmetric objects as GLB files, for trying things out.
+
+    Args:
+        out: Folder to write to.
+        count: Number of objects.
+        seed: Seed of the first object; the others follow.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RecipeError: count is below 1.
+    """
+    if count < 1:
+        raise RecipeError(f"--count {count} must be at least 1")
+    files = write_procedural(out, range(seed, seed + count))
+    return "\n".join(str(file) for file in files)

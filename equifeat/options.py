@@ -12,9 +12,9 @@ from equifeat.errors import RecipeError, suggest
 
 _UNKNOWN = (
     re.compile(r"[Uu]nrecognized arguments?: (?P<key>\S+)"),
+    re.compile(r"does not accept (?:option|nested key|key) '(?P<key>[^']+)'"),
     re.compile(r"[Kk]ey [\"'](?P<key>[^\"']+)[\"'] is not expected"),
     re.compile(r"[Nn]ested key [\"'](?P<key>[^\"']+)[\"']"),
-    re.compile(r"[Gg]roup '.*' does not accept nested key '(?P<key>[^']+)'"),
 )
 
 
@@ -29,7 +29,7 @@ def _known_keys(parser: ArgumentParser) -> set[str]:
     return keys - {"help", "==SUPPRESS=="}
 
 
-class SentenceError:
+class OneSentence:
     """Mix-in for jsonargparse parsers: raise RecipeError instead of printing a usage text."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -47,19 +47,21 @@ class SentenceError:
             found = pattern.search(sentence)
             if found:
                 key = found["key"].lstrip("-").split("=")[0]
-                known = {name.replace("_", "-") if "." not in name else name
-                         for name in _known_keys(getattr(ex, "subcommand_parser", None) or self)}
+                known = {
+                    name.replace("_", "-") if "." not in name else name
+                    for name in _known_keys(getattr(ex, "subcommand_parser", None) or self)
+                }
                 short = {name.rsplit(".", 1)[-1]: name for name in known}
                 hint = suggest(key, known) or suggest(key.rsplit(".", 1)[-1], short)
                 raise RecipeError(f"unknown option or recipe key {key!r}.{hint}") from ex
         raise RecipeError(f"{sentence} (--help lists the options)") from ex
 
 
-class OptionParser(SentenceError, ArgumentParser):
+class OptionParser(OneSentence, ArgumentParser):
     """The parser of every command but fit and validate."""
 
 
-class RecipeParser(SentenceError, LightningArgumentParser):
+class RecipeParser(OneSentence, LightningArgumentParser):
     """The parser of fit and validate."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -40,10 +40,8 @@ def progress(
             yield from bar.track(items, total=total, description=what)
         return
     start = last = time.monotonic()
-    done = 0
-    for item in items:
+    for done, item in enumerate(items, 1):
         yield item
-        done += 1
         now = time.monotonic()
         if now - last >= seconds or done == total:
             last = now

@@ -48,25 +48,13 @@ class Table(NamedTuple):
 
     Attributes:
         title: Heading.
-        header: Column names.
-        rows: Cells as text.
+        cells: Rows of text, the header first.
         note: What the numbers mean, below the table.
     """
 
     title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    cells: Sequence[Sequence[str]]
     note: str
-
-    def markdown(self) -> str:
-        """Return the table as GitHub Markdown.
-
-        Returns:
-            Lines joined by newlines.
-        """
-        ruler = ["---"] + ["---:"] * (len(self.header) - 1)
-        lines = [self.header, ruler, *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _image(picture: Picture) -> str:
@@ -82,14 +70,14 @@ def _image(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    header, *rows = table.cells
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table.rows
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return (
-        f'<h2>{html.escape(table.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div><p>{html.escape(table.note)}</p>"
+        f'<h2>{html.escape(table.title)}</h2><div class="wide"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p>{html.escape(table.note)}</p>"
     )
 
 

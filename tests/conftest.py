@@ -9,8 +9,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("equifeat", "beartype.beartype")
-install_import_hook("data_prep", "beartype.beartype")
+import tests.typecheck  # noqa: F401  (named below)
+
+install_import_hook("equifeat", "tests.typecheck.check")
+install_import_hook("data_prep", "tests.typecheck.check")
 
 import torch  # noqa: E402
 

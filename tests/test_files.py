@@ -11,9 +11,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     target = tmp_path / "deep" / "a.txt"
     with atomic_file(target) as path:
         path.write_text("old")
-    with pytest.raises(RuntimeError, match="boom"), atomic_file(target) as path:
-        path.write_text("new")
-        raise RuntimeError("boom")
+
+    def fail() -> None:
+        with atomic_file(target) as path:
+            path.write_text("new")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert target.read_text() == "old"
     assert [p.name for p in target.parent.iterdir()] == ["a.txt"]
     assert target.stat().st_mode & 0o400
@@ -25,8 +30,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         with atomic_folder(target) as folder:
             (folder / name).write_text(name)
     assert [p.name for p in target.iterdir()] == ["two"]
-    with pytest.raises(RuntimeError, match="boom"), atomic_folder(target) as folder:
-        (folder / "three").write_text("")
-        raise RuntimeError("boom")
+
+    def fail() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "three").write_text("")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert [p.name for p in target.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]

@@ -5,7 +5,7 @@ Two of them behind one Protocol. ``auto`` takes pyrender where EGL works and emb
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -33,6 +33,7 @@ class Rendered(NamedTuple):
     normals: NDArray[Any] | None
 
 
+@runtime_checkable
 class Renderer(Protocol):
     """Draws views of one mesh.
 
@@ -83,7 +84,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_renderer(name: RendererName = "auto") -> Choice:
+def choose_renderer(name: str = "auto") -> Choice:
     """Decide which renderer to use; "auto" tries pyrender on EGL, then embree.
 
     Args:
@@ -116,7 +117,7 @@ def choose_renderer(name: RendererName = "auto") -> Choice:
     return Choice("embree", "asked for" if name == "embree" else f"pyrender is out: {problem}")
 
 
-def open_renderer(name: RendererName, mesh: Mesh) -> Renderer:
+def open_renderer(name: str, mesh: Mesh) -> Renderer:
     """Make a renderer of a mesh.
 
     Args:

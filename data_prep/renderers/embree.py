@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_prep.mesh import Mesh
 from data_prep.renderers import Rendered
 from data_prep.renderers.shading import TextureBank, shade
+from data_prep.renderers.window import projected_window
 from equifeat.errors import MissingExtraError
 
 Array = NDArray[Any]
@@ -99,7 +100,7 @@ class EmbreeRenderer:
         """See :class:`data_prep.renderers.Renderer`."""
         h, w = size_hw
         K, pose = np.asarray(K, np.float64), np.asarray(cam_from_world, np.float64)
-        x0, y0, x1, y1 = self._window(K, pose, size_hw)
+        x0, y0, x1, y1 = projected_window(self._vertices, K, pose, size_hw)
         depth = np.zeros((h, w), np.float32)
         color = np.zeros((h, w, 3), np.uint8)
         normal_map = np.zeros((h, w, 3), np.float32) if normals else None
@@ -129,17 +130,6 @@ class EmbreeRenderer:
             flat_normal[hits.ray] = normal @ pose[:3, :3].T
             normal_map[y0:y1, x0:x1] = flat_normal.reshape(*shape, 3)
         return Rendered(color, depth, depth > 0, normal_map)
-
-    def _window(self, K: Array, pose: Array, size_hw: tuple[int, int]) -> tuple[int, ...]:
-        """Return x0, y0, x1, y1 of the pixels the mesh can touch."""
-        h, w = size_hw
-        points = self._vertices @ pose[:3, :3].T + pose[:3, 3]
-        if points[:, 2].min() <= 1e-3:
-            return 0, 0, w, h
-        xy = points[:, :2] / points[:, 2:] * [K[0, 0], K[1, 1]] + K[:2, 2]
-        low = np.floor(xy.min(axis=0) - 1).clip(0, [w, h]).astype(int)
-        high = np.ceil(xy.max(axis=0) + 1).clip(0, [w, h]).astype(int)
-        return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
     def _cast(self, K: Array, pose: Array, xy: Array) -> _Hits:
         """Find the first point that is not see-through on the rays through pixels xy."""
@@ -246,12 +236,12 @@ class EmbreeRenderer:
         normals = np.zeros((len(depth), 3), np.float32)
         normals[hits.ray] = normal
         part, depth = part.reshape(shape), depth.reshape(shape)
-        normals = normals.reshape(*shape, 3)
+        grid = normals.reshape(*shape, 3)
         edge = np.zeros(shape, bool)
         for axis in (0, 1):
             a = (slice(None),) * axis + (slice(1, None),)
             b = (slice(None),) * axis + (slice(None, -1),)
-            turn = np.einsum("hwc,hwc->hw", normals[a], normals[b])
+            turn = np.einsum("hwc,hwc->hw", grid[a], grid[b])
             step = (part[a] != part[b]) | (np.abs(depth[a] - depth[b]) > 0.02)
             step |= (turn < 0.9) & (part[a] >= 0)
             edge[a] |= step
@@ -264,7 +254,8 @@ class EmbreeRenderer:
         e1, e2 = uv[:, 1] - uv[:, 0], uv[:, 2] - uv[:, 0]
         texels = np.abs(e1[:, 0] * e2[:, 1] - e1[:, 1] * e2[:, 0])
         area = np.linalg.norm(self._plane, axis=1)
-        return np.sqrt(texels / np.maximum(area, 1e-30)).astype(np.float32)
+        out: Array = np.sqrt(texels / np.maximum(area, 1e-30)).astype(np.float32)
+        return out
 
 
 def _per_corner(mesh: Mesh, name: str, width: int) -> Array:

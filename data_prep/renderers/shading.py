@@ -18,7 +18,7 @@ Array = NDArray[Any]
 # Shade = ambient + key * (0.5 + 0.5 n·l) + head * n·v, all in sRGB values. The key light stands
 # still in the world, so that a surface looks alike from everywhere; n is turned to the camera.
 KEY_LIGHT = tuple(float(x) for x in np.array([0.35, 0.8, 0.5]) / np.linalg.norm([0.35, 0.8, 0.5]))
-SHADE = (0.40, 0.40, 0.20)
+SHADE = (0.45, 0.40, 0.15)
 _MODES = {"repeat": 0, "mirror": 1, "clamp": 2}
 
 
@@ -131,7 +131,6 @@ def _mip_chain(image: Array) -> list[Array]:
     while max(chain[-1].shape[:2]) > 1:
         last = chain[-1]
         h, w = max(last.shape[0] // 2, 1), max(last.shape[1] // 2, 1)
-        fy, fx = last.shape[0] // h if last.shape[0] > 1 else 1, 1
         fy, fx = min(2, last.shape[0]), min(2, last.shape[1])
         cut = last[: h * fy, : w * fx].reshape(h, fy, w, fx, 4)
         total = cut.sum(axis=(1, 3), dtype=np.uint16)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from kornia.geometry.transform import warp_affine
-from PIL import Image
 from torch import Tensor
 
-from equifeat.errors import ImageError, RecipeError
+from equifeat.data.images import read_image
+from equifeat.errors import RecipeError
 from equifeat.geometry.camera import Camera
 from equifeat.geometry.pixels import (
     SizeHW,
@@ -71,12 +71,12 @@ class Augment:
         blur_p: Probability of a Gaussian blur.
         blur_sigma: Largest sigma of the blur in pixels.
         noise_p: Probability of sensor noise.
-        noise_std: Largest standard deviation of the noise (1 = white); half of its variance grows
-            with brightness, as in a camera.
+        noise_std: Largest standard deviation of the noise (1 = white), at least a quarter of it is
+            drawn; half of its variance grows with brightness, as in a camera.
         clahe_p: Probability of local histogram equalisation (CLAHE) of the luminance.
         clahe_clip: Largest clip limit of CLAHE, at least 1.
         color_p: Probability of a change of brightness and contrast.
-        brightness: Largest change of brightness.
+        brightness: Largest change of brightness (1 = white); darkening stops at half of the mean.
         contrast: Largest relative change of contrast.
     """
 
@@ -159,7 +159,7 @@ class Augment:
             side = 2 * math.ceil(2 * sigma) + 1
             out = kornia.filters.gaussian_blur2d(out, (side, side), (sigma, sigma))
         if noise:
-            std = float(amount[1]) * self.noise_std
+            std = (0.25 + 0.75 * float(amount[1])) * self.noise_std
             normal = torch.from_numpy(rng.standard_normal(tuple(out.shape), dtype=np.float32))
             out = (out + normal * std * (0.5 + 0.5 * out).sqrt()).clamp(0.0, 1.0)
         if clahe:
@@ -169,7 +169,11 @@ class Augment:
             out = kornia.color.ycbcr_to_rgb(torch.cat([y, ycc[:, 1:]], dim=1)).clamp(0.0, 1.0)
         if color:
             out = kornia.enhance.adjust_contrast(out, 1.0 + float(contrast) * self.contrast)
-            out = kornia.enhance.adjust_brightness(out, float(bright) * self.brightness)
+            lit = out[:, :, out[0].amax(dim=0) > 0]
+            # Dark objects would lose every detail: at most half of their mean is taken away.
+            darkest = -0.5 * float(lit.mean()) if lit.numel() else 0.0
+            change = max(float(bright) * self.brightness, darkest)
+            out = kornia.enhance.adjust_brightness(out, change)
         return out[0].clamp(0.0, 1.0), bool(blur or noise or clahe or color)
 
 
@@ -266,7 +270,7 @@ def draw_background(
         return torch.lerp(first.expand(3, h, w), second.expand(3, h, w), share)
     files = _background_files(background)
     file = files[int(rng.integers(len(files)))]
-    image = _read_rgb(file)
+    image = read_image(file)
     factor = max(h / image.shape[-2], w / image.shape[-1])
     covering = (
         max(h, round(image.shape[-2] * factor)),
@@ -334,14 +338,3 @@ def _background_files(background: str) -> tuple[Path, ...]:
     if not folder.is_dir():
         return ()
     return tuple(sorted(f for f in folder.iterdir() if f.suffix.lower() in _IMAGE_SUFFIXES))
-
-
-def _read_rgb(file: Path) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"{file}: not a readable image ({error}); remove it from the backgrounds"
-        ) from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()

@@ -1,178 +1,22 @@
-"""Batches of pairs, the order of draws over ranks and epochs, and the LightningDataModule."""
+"""The order of draws over ranks and epochs, and the LightningDataModule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from equifeat.data.augment import Augment
+from equifeat.data.batch import PairBatch as PairBatch
+from equifeat.data.batch import collate_pairs as collate_pairs
 from equifeat.data.pairs import Pair, PairSource, Sampler
 from equifeat.data.views import Layout, open_views
-from equifeat.errors import RecipeError, ViewsError
-from equifeat.geometry.camera import Camera
+from equifeat.errors import EquifeatError, RecipeError
 
 
-@dataclass
-class PairBatch:
-    """Pairs of one batch; keypoints stay lists because their number varies.
-
-    Attributes:
-        object_names: B names.
-        images0: (B, 3, H, W) RGB in [0, 1] of view 0; images1 of view 1.
-        images1: See images0.
-        masks0: (B, H, W); masks1 of view 1.
-        masks1: See masks0.
-        depths0: (B, H, W) z-depth in object units, 0 = background; depths1 of view 1.
-        depths1: See depths0.
-        K0: (B, 3, 3) intrinsics of images0; K1 of images1.
-        K1: See K0.
-        cam1_from_cam0: (B, 4, 4).
-        keypoints0: B tensors (N, 2) of xy pixels of images0; keypoints1 of images1.
-        keypoints1: See keypoints0.
-        points3d0: B tensors (N, 3) in object coordinates; points3d1 of keypoints1.
-        points3d1: See points3d0.
-        draws: B indices of draws.
-        view_change_deg: B angles between the cameras.
-        keys0: B identities (object, view) before augmentation; keys1 of view 1.
-        keys1: See keys0.
-        augmented0: B times whether images0 differs from the rendered view; augmented1 of view 1.
-        augmented1: See augmented0.
-    """
-
-    object_names: list[str]
-    images0: Tensor
-    images1: Tensor
-    masks0: Tensor
-    masks1: Tensor
-    depths0: Tensor
-    depths1: Tensor
-    K0: Tensor
-    K1: Tensor
-    cam1_from_cam0: Tensor
-    keypoints0: list[Tensor]
-    keypoints1: list[Tensor]
-    points3d0: list[Tensor]
-    points3d1: list[Tensor]
-    draws: list[int]
-    view_change_deg: list[float]
-    keys0: list[tuple[str, int]]
-    keys1: list[tuple[str, int]]
-    augmented0: list[bool]
-    augmented1: list[bool]
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    @property
-    def augmented(self) -> list[bool]:
-        """B times whether either view of the pair differs from the rendered one."""
-        return [a or b for a, b in zip(self.augmented0, self.augmented1, strict=True)]
-
-    def camera0(self, i: int) -> Camera:
-        """Return the camera of image 0 of pair i.
-
-        Args:
-            i: Index in the batch.
-
-        Returns:
-            The camera.
-        """
-        return Camera(self.K0[i], (self.images0.shape[-2], self.images0.shape[-1]))
-
-    def camera1(self, i: int) -> Camera:
-        """Return the camera of image 1 of pair i.
-
-        Args:
-            i: Index in the batch.
-
-        Returns:
-            The camera.
-        """
-        return Camera(self.K1[i], (self.images1.shape[-2], self.images1.shape[-1]))
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """Return the batch on a device.
-
-        Args:
-            device: Where to.
-            non_blocking: Do not wait for copies from pinned memory.
-
-        Returns:
-            A new batch.
-        """
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PairBatch:
-        """Return the batch in pinned memory; the DataLoader calls this.
-
-        Returns:
-            A new batch.
-        """
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> PairBatch:
-        changes: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changes[field.name] = function(value)
-            elif value and isinstance(value[0], Tensor):
-                changes[field.name] = [function(tensor) for tensor in value]
-        return replace(self, **changes)
-
-
-def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
-    """Join pairs to a batch.
-
-    Args:
-        pairs: Pairs whose views have one size.
-
-    Returns:
-        The batch.
-
-    Raises:
-        ViewsError: Views of different sizes.
-    """
-    for pair in pairs:
-        for image in (pair.image0, pair.image1):
-            if image.shape != pairs[0].image0.shape:
-                raise ViewsError(
-                    f"{pairs[0].object_name} has views of {tuple(pairs[0].image0.shape[1:])} and "
-                    f"{pair.object_name} of {tuple(image.shape[1:])} pixels: render both alike or "
-                    "use batch_size=1"
-                )
-    return PairBatch(
-        object_names=[p.object_name for p in pairs],
-        images0=torch.stack([p.image0 for p in pairs]),
-        images1=torch.stack([p.image1 for p in pairs]),
-        masks0=torch.stack([p.mask0 for p in pairs]),
-        masks1=torch.stack([p.mask1 for p in pairs]),
-        depths0=torch.stack([p.depth0 for p in pairs]),
-        depths1=torch.stack([p.depth1 for p in pairs]),
-        K0=torch.stack([p.camera0.K for p in pairs]),
-        K1=torch.stack([p.camera1.K for p in pairs]),
-        cam1_from_cam0=torch.stack([p.cam1_from_cam0 for p in pairs]),
-        keypoints0=[p.keypoints0 for p in pairs],
-        keypoints1=[p.keypoints1 for p in pairs],
-        points3d0=[p.points3d0 for p in pairs],
-        points3d1=[p.points3d1 for p in pairs],
-        draws=[p.draw for p in pairs],
-        view_change_deg=[p.view_change_deg for p in pairs],
-        keys0=[p.key0 for p in pairs],
-        keys1=[p.key1 for p in pairs],
-        augmented0=[p.augmented0 for p in pairs],
-        augmented1=[p.augmented1 for p in pairs],
-    )
-
-
-class DrawSampler(DistributedSampler[Pair]):
+class DrawSampler(DistributedSampler[int]):
     """Says which draws this rank makes next.
 
     Batches of the whole run are counted through, over all epochs: batch g of rank r of W holds the
@@ -257,6 +101,16 @@ class DrawSampler(DistributedSampler[Pair]):
 
 class DrawLoader(DataLoader[Pair]):
     """A DataLoader whose place in the run is saved and restored by Lightning."""
+
+    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except EquifeatError as error:
+            # A worker's error comes with its traceback as text; its last line is the sentence.
+            last = str(error).rstrip().rsplit("\n", 1)
+            if len(last) == 1:
+                raise
+            raise type(error)(last[1].partition(": ")[2]) from error
 
     def state_dict(self) -> dict[str, int]:
         """Return the sampler's state; Lightning saves it in the checkpoint.
@@ -350,11 +204,21 @@ class PairDataModule(pl.LightningDataModule):
 
         Args:
             stage: Lightning's stage; training views are opened for "fit" or None only.
+
+        Raises:
+            ViewsError: A folder cannot be read.
+            RecipeError: A stage other than fit without val_views.
         """
         if stage in (None, "fit") and self.train_source is None:
             self.train_source = self._source(self.views, training=True)
         if self.val_views is not None and self.val_source is None:
             self.val_source = self._source(self.val_views, training=False)
+        if self.val_views is None:
+            if stage not in (None, "fit"):
+                raise RecipeError("there is nothing to validate on: set data.val_views")
+            if self.trainer is not None:
+                # Lightning's own switch for a run without validation.
+                self.trainer.limit_val_batches = 0
 
     def train_dataloader(self) -> DrawLoader:
         """Return the loader of training pairs; it goes on where a resumed run stopped.
@@ -367,15 +231,19 @@ class PairDataModule(pl.LightningDataModule):
         assert self.train_source is not None
         return self._loader(self.train_source, training=True)
 
-    def val_dataloader(self) -> DrawLoader | list[DrawLoader]:
+    def val_dataloader(self) -> DrawLoader:
         """Return the loader of validation pairs.
 
         Returns:
-            Batches as PairBatch, the same every time; an empty list without val_views.
+            Batches as PairBatch, the same every time.
+
+        Raises:
+            RecipeError: val_views is not set.
         """
         if self.val_source is None:
             self.setup("validate")
-        return [] if self.val_source is None else self._loader(self.val_source, training=False)
+        assert self.val_source is not None
+        return self._loader(self.val_source, training=False)
 
     def _source(self, folder: Path, training: bool) -> PairSource:
         return PairSource(
@@ -416,4 +284,5 @@ class PairDataModule(pl.LightningDataModule):
     def _trained_batches(self) -> int:
         """Batches of this run whose training step is done, also by the run that was resumed."""
         assert self.trainer is not None
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(done.processed)  # type: ignore[attr-defined]

@@ -209,8 +209,8 @@ def _find(root: Path, layout: Layout) -> Iterator[tuple[Path, str]]:
         elif layout != "equifeat" and (folder / "color_000000.png").is_file():
             yield folder, "reference"
         elif depth < _SEARCH_DEPTH:
-            # Hidden and temporary folders are half-written renders.
-            below = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._")
+            # Hidden folders are half-written renders.
+            below = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
             pending = [(f, depth + 1) for f in below] + pending
 
 
@@ -244,9 +244,7 @@ def _open_equifeat(folder: Path) -> ObjectViews:
         K = torch.tensor([view["K"] for view in views], dtype=torch.float64)
         poses = torch.tensor([view["cam_from_world"] for view in views], dtype=torch.float64)
     except (KeyError, TypeError, ValueError) as error:
-        raise ViewsError(
-            f"{file}: a field is missing or wrong ({error!r}); render again"
-        ) from error
+        raise ViewsError(f"{file}: a field is missing or wrong ({error!r})") from error
     if not isinstance(name, str) or not name:
         raise ViewsError(f"{file}: object is {name!r}, not a name; render the object again")
     if not (0 < h <= _MAX_SIDE and 0 < w <= _MAX_SIDE):

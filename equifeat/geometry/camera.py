@@ -80,8 +80,7 @@ class Camera:
         """
         z = points_cam[..., 2:]
         safe = torch.where(z > 0, z, torch.full_like(z, float("nan")))
-        xy: Tensor = (points_cam @ self.K[..., :2, :].mT) / safe
-        return xy
+        return torch.div(points_cam @ self.K[..., :2, :].mT, safe)
 
     def unproject(
         self, xy: Float[Tensor, "*b 2"], depth: Float[Tensor, "*b"]

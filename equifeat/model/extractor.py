@@ -1,0 +1,269 @@
+"""FeatureExtractor: images → frozen backbone with an adapter → head → features at points."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from equifeat.errors import ImageError, KeypointError, RecipeError
+from equifeat.geometry.pixels import SizeHW, inside, resize
+from equifeat.model.adapter import LoraAdapter
+from equifeat.model.backbone import Backbone, Position, load_backbone
+from equifeat.model.feature_map import FeatureMap, TrunkState
+from equifeat.model.head import Head, HeadKind
+from equifeat.model.weights import WeightsSource
+
+
+class FeatureExtractor(nn.Module):
+    """Dense features of images of any size.
+
+    An image is resized to whole patches, so features cover the image exactly, corner to corner;
+    points are always given in pixels of the image itself.
+
+    Args:
+        backbone: The frozen ViT. It may be shared with other extractors: an adapter acts only
+            while its own extractor runs.
+        adapter: LoRA of the last blocks, or None.
+        head: Refinement of the feature map.
+    """
+
+    def __init__(
+        self, backbone: Backbone, adapter: LoraAdapter | None = None, head: Head | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.head = head if head is not None else Head("none", backbone.dim)
+
+    @property
+    def dim(self) -> int:
+        """Number of channels D of a feature."""
+        return self.backbone.dim
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels of the resized image."""
+        return self.backbone.patch_size
+
+    @property
+    def tail_blocks(self) -> int:
+        """How many of the last blocks gradients pass through."""
+        return self.backbone.depth - self.adapter.first_block if self.adapter is not None else 0
+
+    def dense(
+        self,
+        images: Tensor,
+        resolution: int | None = None,
+        at: Literal["patch", "image"] = "patch",
+    ) -> FeatureMap:
+        """Return a feature for every patch, or for every pixel.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1].
+            resolution: Patches on the longer side; None keeps the image's own size, rounded to
+                whole patches.
+            at: "patch" gives the map of patches, "image" one bilinearly resized to H × W.
+
+        Returns:
+            The features, not normalised.
+
+        Raises:
+            ImageError: The images have a wrong shape, type or range.
+            RecipeError: resolution is below 1.
+        """
+        _check_images(images)
+        out = self.tail(self.trunk(images, resolution))
+        if at == "patch":
+            return out
+        return FeatureMap(resize(out.features, out.size_hw), out.size_hw)
+
+    def at(self, images: Tensor, keypoints: Tensor, resolution: int | None = None) -> Tensor:
+        """Return the descriptors of points.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1].
+            keypoints: (B, N, 2) xy in pixels of the images.
+            resolution: As in :meth:`dense`.
+
+        Returns:
+            (B, N, D) L2-normalised descriptors; the same as `dense(images).sample(keypoints)`.
+
+        Raises:
+            ImageError: The images have a wrong shape, type or range.
+            KeypointError: A point lies outside its image, or the shape is wrong.
+        """
+        _check_images(images)
+        _check_keypoints(keypoints, len(images), (int(images.shape[-2]), int(images.shape[-1])))
+        maps = self.tail(self.trunk(images, resolution))
+        return maps.sample(keypoints.to(maps.features.device))
+
+    def forward(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
+        """Return :meth:`dense`."""
+        return self.dense(images, resolution)
+
+    def trunk(self, images: Tensor, resolution: int | None = None) -> TrunkState:
+        """Run what never changes in training: resizing and the frozen blocks, without gradients.
+
+        Args:
+            images: (B, 3, H, W) RGB in [0, 1].
+            resolution: As in :meth:`dense`.
+
+        Returns:
+            A state to store, or to give to :meth:`tail`.
+        """
+        size_hw = (int(images.shape[-2]), int(images.shape[-1]))
+        grid_hw = self.grid_hw(size_hw, resolution)
+        whole = (grid_hw[0] * self.patch_size, grid_hw[1] * self.patch_size)
+        with torch.no_grad():
+            resized = resize(images.to(self.backbone.device), whole)
+            state = self.backbone.trunk(resized, self.tail_blocks)
+        return state._replace(size_hw=size_hw)
+
+    def tail(self, state: TrunkState) -> FeatureMap:
+        """Run the adapted blocks, the final norm and the head.
+
+        Args:
+            state: What :meth:`trunk` gave, perhaps stored in between.
+
+        Returns:
+            The features of the patches, not normalised.
+
+        Raises:
+            ValueError: The state comes from an extractor with fewer adapted blocks.
+        """
+        if state.blocks_done > self.backbone.depth - self.tail_blocks:
+            raise ValueError(
+                f"the state has passed {state.blocks_done} blocks, but adapted blocks begin after "
+                f"{self.backbone.depth - self.tail_blocks}: make it with this extractor's trunk()"
+            )
+        adapter = self.adapter
+        with nullcontext() if adapter is None else adapter.attached(self.backbone.blocks):
+            features = self.backbone.tail(state)
+        return FeatureMap(self.head(features), state.size_hw)
+
+    def grid_hw(self, size_hw: SizeHW, resolution: int | None = None) -> SizeHW:
+        """Return how many patches an image of some size is resized to.
+
+        Args:
+            size_hw: Height and width of the image.
+            resolution: Patches on the longer side, or None for the image's own size.
+
+        Returns:
+            Rows and columns, each at least 1. The shorter side is rounded to the nearest patch
+            (rounded down with position="reference", as the reference does).
+        """
+        if resolution is None:
+            return _whole(size_hw[0] / self.patch_size), _whole(size_hw[1] / self.patch_size)
+        if resolution < 1:
+            raise RecipeError(f"resolution must be at least 1 patch, not {resolution}")
+        longer = max(size_hw)
+        if self.backbone.position == "reference":
+            h, w = (int(side * 8 * resolution / longer) // 8 for side in size_hw)
+            return max(1, h), max(1, w)
+        h, w = (_whole(side * resolution / longer) for side in size_hw)
+        return h, w
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the adapter and the head; nothing else ever trains.
+
+        Returns:
+            Parameters by name.
+        """
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
+    def raw(self) -> FeatureExtractor:
+        """Return the raw ViT: the same backbone (shared, not copied), no adapter, no head.
+
+        Returns:
+            Another extractor.
+        """
+        return FeatureExtractor(self.backbone)
+
+    def merged(self) -> FeatureExtractor:
+        """Return a copy whose backbone has the adapter folded into its weights.
+
+        Returns:
+            An extractor with a backbone of its own and no adapter; for export, not for saving.
+        """
+        out = copy.deepcopy(self)
+        if out.adapter is not None:
+            out.adapter.fold_into(out.backbone.blocks)
+            out.backbone.mark(WeightsSource("merged"))
+            out.adapter = None
+        return out
+
+
+def build_extractor(
+    backbone: str | Backbone,
+    weights: str = "packaged",
+    head: HeadKind = "none",
+    lora_rank: int = 4,
+    lora_alpha: float | None = None,
+    lora_blocks: int = 4,
+    *,
+    position: Position = "timm",
+    seed: int = 0,
+) -> FeatureExtractor:
+    """Build an untrained extractor.
+
+    Args:
+        backbone: timm's name of a ViT, or a backbone to share (weights and position are its own).
+        weights: "packaged", "hub", "random" or the path of a file.
+        head: "none", "conv" or "residual".
+        lora_rank: Rank of the updates of q and v.
+        lora_alpha: Their scale is alpha / rank; None means alpha = rank.
+        lora_blocks: How many of the last blocks are adapted; 0 for no LoRA.
+        position: How a learned position embedding is resampled, "timm" or "reference".
+        seed: Seed of everything random at the start: LoRA, head and random weights.
+
+    Returns:
+        The extractor, on the CPU or where a given backbone is. With head "none" or "residual" it
+        gives exactly the features of the raw ViT.
+
+    Raises:
+        ModelNameError: timm knows no such plain ViT.
+        WeightsError: The weights are missing, altered or of another model.
+        RecipeError: An option is out of range.
+    """
+    if isinstance(backbone, str):
+        backbone = load_backbone(backbone, weights, position=position, seed=seed)
+    if lora_blocks < 0:
+        raise RecipeError(f"lora_blocks must be 0 or more, not {lora_blocks}")
+    adapter = None
+    if lora_blocks:
+        adapter = LoraAdapter(backbone.blocks, lora_blocks, lora_rank, lora_alpha, seed)
+    extractor = FeatureExtractor(backbone, adapter, Head(head, backbone.dim, seed))
+    return extractor.to(backbone.device)
+
+
+def _whole(patches: float) -> int:
+    return max(1, int(patches + 0.5))
+
+
+def _check_images(images: Tensor) -> None:
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape:
+        raise ImageError(f"images must have the shape (B, 3, H, W), not {shape}")
+    if not images.is_floating_point():
+        raise ImageError(f"images must be floats in [0, 1], not {images.dtype}: divide by 255")
+    top = float(images.max())
+    if not top <= 2.0:  # a little over 1 is normal after augmentation; 0 … 255 and NaN are not
+        raise ImageError(f"images must be floats in [0, 1], but the largest value is {top:g}")
+
+
+def _check_keypoints(keypoints: Tensor, batch: int, size_hw: SizeHW) -> None:
+    shape = tuple(keypoints.shape)
+    if len(shape) != 3 or shape[0] != batch or shape[2] != 2:
+        raise KeypointError(f"keypoints must have the shape ({batch}, N, 2), not {shape}")
+    outside = (~inside(keypoints, size_hw)).nonzero()
+    if len(outside):
+        image, index = outside[0].tolist()
+        x, y = keypoints[image, index].tolist()
+        raise KeypointError(
+            f"keypoint {index} of image {image} at (x, y) = ({x:g}, {y:g}) lies outside the image "
+            f"of width {size_hw[1]} and height {size_hw[0]}"
+        )

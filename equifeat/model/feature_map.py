@@ -1,0 +1,113 @@
+"""What passes between the parts of the model: trunk tokens and feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float
+from torch import Tensor
+
+from equifeat.geometry.pixels import SizeHW, sample
+
+
+class TrunkState(NamedTuple):
+    """Tokens after the frozen blocks: all that is needed to go on, and small enough to store.
+
+    Args:
+        tokens: (B, prefix + h*w, D), detached.
+        grid_hw: Rows and columns of patches.
+        size_hw: Height and width of the image that was asked about.
+        blocks_done: How many blocks the tokens have passed.
+    """
+
+    tokens: Tensor
+    grid_hw: SizeHW
+    size_hw: SizeHW
+    blocks_done: int
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TrunkState:
+        """Return the state on another device or in another floating type (half to store it).
+
+        Args:
+            device: New device, or None.
+            dtype: New type, or None.
+
+        Returns:
+            The moved state.
+        """
+        tokens = self.tokens.to(device=device or self.tokens.device, dtype=dtype)
+        return self._replace(tokens=tokens)
+
+    @staticmethod
+    def cat(states: Sequence[TrunkState]) -> TrunkState:
+        """Join states of images of one size into one batch.
+
+        Args:
+            states: At least one.
+
+        Returns:
+            One state.
+
+        Raises:
+            ValueError: The images have different sizes or the states different depths.
+        """
+        if len({state[1:] for state in states}) != 1:
+            raise ValueError("only states of one image size and one depth can be joined")
+        return states[0]._replace(tokens=torch.cat([state.tokens for state in states]))
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """A map of features that covers an image.
+
+    Args:
+        features: (B, D, h, w), not normalised unless :meth:`normalized` made it.
+        size_hw: Height and width of the image, in whose pixels points are given.
+    """
+
+    features: Float[Tensor, "b d h w"]
+    size_hw: SizeHW
+
+    @property
+    def grid_hw(self) -> SizeHW:
+        """Rows and columns of the map."""
+        return int(self.features.shape[-2]), int(self.features.shape[-1])
+
+    @property
+    def stride(self) -> tuple[float, float]:
+        """Pixels of the image from one feature to the next, (y, x)."""
+        return self.size_hw[0] / self.grid_hw[0], self.size_hw[1] / self.grid_hw[1]
+
+    def normalized(self) -> FeatureMap:
+        """Return the map with every feature divided by its L2 norm, in float32 or better.
+
+        Returns:
+            The map of descriptors.
+        """
+        return replace(self, features=F.normalize(_at_least_float32(self.features), dim=1))
+
+    def sample(
+        self, keypoints: Float[Tensor, "b n 2"], *, normalize: bool = True
+    ) -> Float[Tensor, "b n d"]:
+        """Interpolate the map bilinearly at points; points outside take the border's value.
+
+        Args:
+            keypoints: xy in pixels of the image.
+            normalize: Divide by the L2 norm after interpolating (the reference's order).
+
+        Returns:
+            One descriptor a point, in float32 or better.
+        """
+        # Half-precision coordinates would be off by whole pixels, so the map is widened first.
+        values = sample(_at_least_float32(self.features), keypoints, self.size_hw)
+        return F.normalize(values, dim=-1) if normalize else values
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,208 @@
+"""The layers table of DESIGN.md, enforced on the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+FILES = sorted([*(ROOT / "equifeat").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
+
+# Every module belongs to the first layer whose prefix fits; it may import the layers named.
+BASE = ["errors", "seeding", "_version", "files", "progress"]
+SIBLINGS = ["data", "model", "loss", "metrics"]
+MIDDLE = [*BASE, "geometry", *SIBLINGS]
+TRAIN = ["train.module", "train.trunk_cache", "train.callbacks", "train.schedule"]
+UPPER = [*MIDDLE, "checkpoint", *TRAIN]
+TOP = [*UPPER, "eval", "options", "train", "export", "draw", "viz", "report"]
+ALLOWED: dict[str, list[str]] = {
+    "errors": [],
+    "seeding": [],
+    "_version": [],
+    "files": ["errors"],
+    "progress": ["errors"],
+    "options": ["errors"],
+    "geometry": [*BASE, "geometry"],
+    "data": [*BASE, "geometry", "data"],
+    "model": [*BASE, "geometry", "model"],
+    "loss": [*BASE, "geometry"],
+    "metrics": [*BASE, "geometry"],
+    "checkpoint": [*BASE, "geometry", "model"],
+    "train.module": [*UPPER],
+    "train.trunk_cache": [*UPPER],
+    "train.callbacks": [*UPPER],
+    "train.schedule": [*BASE],
+    "eval": [*MIDDLE, "checkpoint", "eval"],
+    "train": [*UPPER, "eval", "options", "train"],
+    "export": [*TOP],
+    "draw": [*BASE, "geometry"],
+    "viz": [*UPPER, "eval", "draw"],
+    "report": [*BASE, "draw", "viz"],
+    "commands": [*TOP],
+    "demo_report": [*TOP],
+    "demo": [*TOP, "commands", "demo_report"],
+    "cli": [*TOP, "commands", "demo"],
+    "": ["_version", "errors", "checkpoint", "model"],  # the package itself: public names
+}
+# The demo and the command line are the only ones above data_prep.
+ABOVE_DATA_PREP = ("demo", "cli")
+DATA_PREP_MAY = (*(f"equifeat.{name}" for name in BASE), "equifeat.geometry", "equifeat.options")
+RENDERER_PACKAGES = {"pyrender", "OpenGL", "embreex", "bpy"}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported module, also inside functions; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            for name in node.names:
+                yield f"{node.module}.{name.name}", node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant):
+                    yield str(argument.value), node.lineno
+
+
+def layer(name: str) -> str:
+    """The longest key of ALLOWED that the module (without 'equifeat.') starts with."""
+    fits = [key for key in ALLOWED if key and (name == key or name.startswith(f"{key}."))]
+    return max(fits, key=len, default="")
+
+
+def within(name: str, prefixes: list[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_imports_point_down(file: Path) -> None:
+    module = module_name(file)
+    package, _, inner = module.partition(".")
+    assert package == "data_prep" or layer(inner) or not inner, (
+        f"{file.relative_to(ROOT)} is in no layer: add it to ALLOWED in {Path(__file__).name}"
+    )
+    wrong = []
+    for name, line in imports(parse(file)):
+        where = f"{file.relative_to(ROOT)}:{line} imports {name}"
+        to, _, target = name.partition(".")
+        if package == "data_prep" and to == "equifeat" and not name.startswith(DATA_PREP_MAY):
+            wrong.append(f"{where}: data_prep sees errors, seeding and geometry only")
+        if package == "equifeat" and to == "data_prep" and not inner.startswith(ABOVE_DATA_PREP):
+            wrong.append(f"{where}: only the demo and the command line are above data_prep")
+        if (
+            package == "equifeat"
+            and to == "equifeat"
+            and not within(target, ALLOWED[layer(inner)])
+            and layer(inner) != layer(target)
+        ):
+            wrong.append(f"{where}: not below {layer(inner) or 'the package'}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_packages_have_one_importer(file: Path) -> None:
+    module = module_name(file)
+    for name, line in imports(parse(file)):
+        top, where = name.split(".")[0], f"{file.relative_to(ROOT)}:{line}"
+        if top == "timm":
+            assert module == "equifeat.model.backbone", f"{where}: timm is for model/backbone.py"
+        if top == "peft":
+            assert module == "equifeat.model.adapter", f"{where}: peft is for model/adapter.py"
+        if top in RENDERER_PACKAGES:
+            assert module.startswith("data_prep.renderers"), f"{where}: {top} is for renderers/"
+        if top == "trimesh":
+            assert module.startswith("data_prep"), f"{where}: trimesh is for data_prep"
+        assert top not in {"dill", "cloudpickle", "joblib"}, f"{where}: no pickle"
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_one_caller_of_grid_sample_and_interpolate(file: Path) -> None:
+    if module_name(file) == "equifeat.geometry.pixels":
+        return
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Attribute) and node.attr in {"grid_sample", "interpolate"}:
+            raise AssertionError(
+                f"{file.relative_to(ROOT)}:{node.lineno}: only geometry/pixels.py resamples"
+            )
+    for name, line in imports(parse(file)):
+        assert not name.endswith((".grid_sample", ".interpolate")), f"{file}:{line}"
+
+
+def is_prefix_slice(node: ast.AST) -> bool:
+    """x[:, 1:], also with more dimensions behind."""
+    if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Tuple):
+        return False
+    first, second = node.slice.elts[:2]
+    return (
+        isinstance(first, ast.Slice)
+        and first.lower is None
+        and first.upper is None
+        and isinstance(second, ast.Slice)
+        and isinstance(second.lower, ast.Constant)
+        and second.lower.value == 1
+        and second.upper is None
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_nobody_counts_prefix_tokens_by_hand(file: Path) -> None:
+    package = module_name(file)
+    if not package.startswith(("equifeat.model", "equifeat.checkpoint", "equifeat.export")):
+        return
+    for node in ast.walk(parse(file)):
+        assert not is_prefix_slice(node), (
+            f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: [:, 1:] drops one token; "
+            "the number of prefix tokens comes from the model"
+        )
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_nothing_is_printed_evaluated_or_loaded_loosely(file: Path) -> None:
+    for node in ast.walk(parse(file)):
+        if not isinstance(node, ast.Call):
+            continue
+        where = f"{file.relative_to(ROOT)}:{node.lineno}"
+        called = ast.unparse(node.func)
+        if called == "print":
+            assert module_name(file) == "equifeat.cli", f"{where}: print is for cli.py"
+        assert called not in {"eval", "exec"}, f"{where}: {called}"
+        # pickle itself may be imported for its exceptions.
+        loose = called.startswith("pickle.") and called != "pickle.UnpicklingError"
+        assert not loose, f"{where}: {called}: no pickle"
+        given = {key.arg: key.value for key in node.keywords if key.arg}
+        for name, bad in (("strict", False), ("weights_only", False), ("allow_pickle", True)):
+            value = given.get(name)
+            # zip(strict=False) and the like are no loading.
+            loads = "load" in called
+            assert not (loads and isinstance(value, ast.Constant) and value.value is bad), (
+                f"{where}: {called}({name}={bad})"
+            )
+        if called == "torch.load":
+            assert "weights_only" in given, f"{where}: torch.load without weights_only=True"
+
+
+def test_the_rules_see_what_they_forbid() -> None:
+    tree = ast.parse("import timm\nfrom equifeat.loss import x\ny = t[:, 1:]\nz = t[:, 2:]")
+    assert [name for name, _ in imports(tree)] == ["timm", "equifeat.loss.x"]
+    assert sum(is_prefix_slice(node) for node in ast.walk(tree)) == 1
+    assert layer("train.module") == "train.module"
+    assert layer("train.cli") == "train"
+    assert layer("data.pairs") == "data"
+    for sibling in SIBLINGS:
+        assert not set(SIBLINGS) & set(ALLOWED[sibling]) - {sibling}
+    assert len(FILES) > 10

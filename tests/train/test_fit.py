@@ -1,0 +1,165 @@
+"""A real fit of a few steps: files, parameter count, falling loss, resume after SIGKILL."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from equifeat.cli import run
+from equifeat.errors import CheckpointError, EquifeatError
+from equifeat.model.extractor import build_extractor
+from equifeat.train.module import EquivariantFinetune
+from tests.helpers import ROOT
+from tests.synthetic import write_views
+
+BACKBONE = "test_vit.r160_in1k"
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("views")
+    write_views(folder / "box", "box", views=6, size=96)
+    return folder
+
+
+def recipe(folder: Path, views: Path, **model: object) -> Path:
+    settings = {
+        "seed_everything": 0,
+        "run": {"dir": str(folder / "run"), "save_every": 2},
+        "model": {"backbone": BACKBONE, "weights": "random", "lr": 1e-3, **model},
+        "data": {
+            "views": str(views),
+            "num_keypoints": 200,
+            "augment": False,
+            "draws_per_epoch": 5,
+        },
+        "trainer": {"max_steps": 8, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
+        "ckpt_path": "last",
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return path
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for file in sorted(run_dir.glob("logs/version_*/metrics.csv")):
+        with file.open() as lines:
+            found |= {
+                int(row["step"]): float(row["train/loss"])
+                for row in csv.DictReader(lines)
+                if row.get("train/loss")
+            }
+    return found
+
+
+def last_weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)
+    weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
+    return weights
+
+
+def test_fit_writes_checkpoints_logs_and_the_model_folder(tmp_path: Path, views: Path) -> None:
+    path = recipe(tmp_path, views, trunk_cache_mb=16)
+    run(["fit", "--config", str(path), "--trainer.max_steps", "24"])
+    weights = last_weights(tmp_path)
+    extractor = build_extractor(BACKBONE, weights="random", head="residual")
+    trainable = sum(p.numel() for p in extractor.trainable_parameters().values())
+    # Four blocks with rank 4 on q and v, and one 3x3 convolution of width D.
+    d = 64
+    assert trainable == 4 * 2 * (4 * d + d * 4) + d * d * 9 + d
+    assert sum(w.numel() for w in weights.values()) == trainable
+    curve = losses(tmp_path / "run")
+    assert sorted(curve) == list(range(24))
+    first, last = [curve[i] for i in range(6)], [curve[i] for i in range(18, 24)]
+    assert sum(last) < sum(first)
+    names = {p.name for p in (tmp_path / "run/model").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.json"} <= names
+    assert list((tmp_path / "run/logs/version_0").glob("events.out.tfevents*"))
+    assert (tmp_path / "run/logs/version_0/config.yaml").is_file()
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, views: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        recipe(folder, views)
+    run(["fit", "--config", str(whole / "recipe.yaml")])
+    command = [sys.executable, "-m", "equifeat.cli", "fit", "--config"]
+    last = broken / "run/checkpoints/last.ckpt"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, str(broken / "recipe.yaml"), "--trainer.max_steps", "100000"],
+        cwd=ROOT,
+        env=env,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = torch.load(last, weights_only=True)["global_step"]
+    # Both go on to the same end, beyond where either of them is.
+    end = str(max(8, reached) + 5)
+    run(["fit", "--config", str(broken / "recipe.yaml"), "--trainer.max_steps", end])
+    run(["fit", "--config", str(whole / "recipe.yaml"), "--trainer.max_steps", end])
+    # Every step is in the logs of one start or the other, and both runs saw the same draws.
+    assert losses(whole / "run") == losses(broken / "run")
+    a, b = last_weights(whole), last_weights(broken)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_trunk_cache_changes_nothing(tmp_path: Path, views: Path) -> None:
+    curves = []
+    for cache in (0, 16):
+        folder = tmp_path / str(cache)
+        folder.mkdir()
+        run(["fit", "--config", str(recipe(folder, views, trunk_cache_mb=cache))])
+        curves.append(list(losses(folder / "run").values()))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_validate_reports_held_out_loss(
+    tmp_path: Path, views: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, views)
+    run(["validate", "--config", str(path), "--data.val_views", str(views), "--data.val_draws=3"])
+    assert "val/loss" in capsys.readouterr().out
+
+
+def test_unknown_recipe_key_is_named_with_the_nearest(tmp_path: Path, views: Path) -> None:
+    path = recipe(tmp_path, views, lora_rnk=8)
+    with pytest.raises(EquifeatError, match=r"lora_rnk.*lora_rank") as caught:
+        run(["fit", "--config", str(path)])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(EquifeatError, match=r"max_stps.*max_steps"):
+        run(["fit", "--config", str(recipe(tmp_path, views)), "--trainer.max_stps", "3"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_recipe_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(EquifeatError, match=r"nowhere\.yaml") as caught:
+        run(["fit", "--config", str(tmp_path / "nowhere.yaml")])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    module = EquivariantFinetune(BACKBONE, weights="random")
+    state = dict(module.state_dict())
+    name = next(iter(state))
+    value = state.pop(name)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        module.load_state_dict(state)
+    with pytest.raises(CheckpointError, match="shape"):
+        module.load_state_dict({**state, name: value[:1]})
