@@ -1,25 +1,22 @@
-"""Meshes to folders of views: one object, many objects, and the `equifeat render` command."""
+"""Many meshes to folders of views, and the `equifeat render` command."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_prep.coverage import CoverageCheck
-from data_prep.mesh import SUFFIXES, Mesh, load_mesh
+from data_prep.mesh import SUFFIXES
+from data_prep.render_object import RenderOptions, render_object, render_or_skip
 from data_prep.render_summary import ObjectReport, RenderSummary, Status
-from data_prep.renderers import Renderer, RendererName, choose_renderer, open_renderer
-from data_prep.view_folder import ViewFolderWriter, depth_step, finished_record
-from data_prep.viewpoints import ViewpointOptions, Viewpoints, make_viewpoints
+from data_prep.renderers import RendererName, choose_renderer
+from data_prep.viewpoints import ViewpointOptions
 from equifeat.errors import EquifeatError, MeshError, RenderError
 
 __all__ = [
@@ -28,134 +25,10 @@ __all__ = [
     "RenderSummary",
     "ViewpointOptions",
     "find_meshes",
+    "render_command",
     "render_many",
     "render_object",
 ]
-
-
-@dataclass(frozen=True)
-class RenderOptions:
-    """What to render of each object.
-
-    Args:
-        size: Side of the square images in pixels.
-        viewpoints: Where the cameras stand.
-        normals: Whether to write normal maps as well.
-        overwrite: Whether to render finished objects again.
-    """
-
-    size: int = 512
-    viewpoints: ViewpointOptions = field(default_factory=ViewpointOptions)
-    normals: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if not 16 <= self.size <= 8192:
-            raise RenderError(f"size = {self.size}: give 16 to 8192 pixels")
-
-    def record(self) -> dict[str, Any]:
-        """Return what goes to views.json: everything that changes the pictures."""
-        points = dataclasses.asdict(self.viewpoints)
-        points["elevation"] = list(points["elevation"])
-        return {"size": self.size, "normals": self.normals, **points}
-
-
-def render_object(
-    mesh: Mesh | str | Path,
-    out_dir: str | Path,
-    options: RenderOptions | None = None,
-    renderer: RendererName = "auto",
-) -> Path:
-    """Render one object to a folder named after it.
-
-    Args:
-        mesh: A mesh, or a file to load.
-        out_dir: The parent of the object's folder.
-        options: Size, viewpoints, normals, overwrite.
-        renderer: "auto", "pyrender" or "embree".
-
-    Returns:
-        The object's folder. A finished one of the same source and options is left as it is.
-
-    Raises:
-        MeshError: The mesh cannot be used.
-        RenderError: A view came out wrong, or the folder holds another rendering.
-    """
-    return _render(mesh, Path(out_dir), options or RenderOptions(), renderer)[0]
-
-
-def _render(
-    mesh: Mesh | str | Path, out_dir: Path, options: RenderOptions, renderer: RendererName
-) -> tuple[Path, bool]:
-    """Return the object's folder and whether it was rendered now."""
-    mesh = mesh if isinstance(mesh, Mesh) else load_mesh(mesh)
-    folder = out_dir / mesh.name
-    if not options.overwrite:
-        record = finished_record(folder)
-        if record is not None:
-            _check_same(folder, record, mesh, options, renderer)
-            return folder, False
-    elif folder.exists():
-        finished_record(folder)
-    size_hw = (options.size, options.size)
-    views = make_viewpoints(options.viewpoints, size_hw)
-    check = CoverageCheck(mesh)
-    opened = open_renderer(renderer, mesh)
-    try:
-        with ViewFolderWriter(folder, depth_step(_max_depth(mesh, views))) as writer:
-            for i in range(options.viewpoints.count):
-                K, pose = views.K[i].numpy(), views.cam_from_world[i].numpy()
-                view = opened.render(K, pose, size_hw, options.normals)
-                check(K, pose, view.depth, f"{mesh.file or mesh.name}, view {i}")
-                writer.add(view, K, pose)
-            writer.finish(_record(mesh, options, opened))
-    finally:
-        opened.close()
-    return folder, True
-
-
-def _record(mesh: Mesh, options: RenderOptions, renderer: Renderer) -> dict[str, Any]:
-    return {
-        "object": mesh.name,
-        "size_hw": [options.size, options.size],
-        "object_scale": mesh.scale,
-        "object_center": [float(x) for x in mesh.center],
-        "renderer": {
-            "name": renderer.name,
-            "version": renderer.version,
-            "device": renderer.device,
-        },
-        "source": {"file": mesh.file, "sha256": mesh.sha256},
-        "options": options.record(),
-    }
-
-
-def _check_same(
-    folder: Path,
-    record: dict[str, Any],
-    mesh: Mesh,
-    options: RenderOptions,
-    renderer: RendererName,
-) -> None:
-    """Refuse to take a finished folder for something it is not."""
-    wanted, found = options.record(), record.get("options", {})
-    differ = [k for k in wanted if wanted[k] != found.get(k)]
-    if record.get("source", {}).get("sha256") != mesh.sha256:
-        differ.append("source file")
-    if renderer != "auto" and record.get("renderer", {}).get("name") != renderer:
-        differ.append("renderer")
-    if differ:
-        raise RenderError(
-            f"{folder}: was rendered with another {', '.join(differ)}; "
-            "give --overwrite or another --out"
-        )
-
-
-def _max_depth(mesh: Mesh, views: Viewpoints) -> float:
-    """Return the largest z-depth of any vertex in any view."""
-    vertices = mesh.vertices.astype(np.float64)
-    rows = views.cam_from_world[:, 2].numpy()
-    return max(float((vertices @ row[:3]).max() + row[3]) for row in rows)
 
 
 def render_many(
@@ -190,7 +63,7 @@ def render_many(
     choice = choose_renderer(renderer)
     summary = RenderSummary(renderer=choice.name, reason=choice.reason)
     start = time.perf_counter()
-    for report in _reports(files, Path(out_dir), options, choice.name, workers):
+    for report in _reports(files, Path(out_dir), options, renderer, workers):
         summary.reports.append(report)
         if progress is not None:
             progress(report)
@@ -238,7 +111,7 @@ def _reports(
 def _report(file: Path, out: Path, options: RenderOptions, renderer: RendererName) -> ObjectReport:
     start = time.perf_counter()
     try:
-        folder, now = _render(file, out, options, renderer)
+        folder, now = render_or_skip(file, out, options, renderer)
     except EquifeatError as error:
         message = str(error)
     except Exception as error:  # one object must not end a run of thousands
@@ -274,3 +147,92 @@ def find_meshes(paths: Sequence[Path]) -> list[Path]:
         else:
             raise MeshError(f"{path}: no such mesh file or folder")
     return files
+
+
+def render_command(
+    meshes: list[Path],
+    out: Path,
+    renderer: RendererName = "auto",
+    size: int = 512,
+    views: int = 42,
+    distance: float = 2.0,
+    elevation: tuple[float, float] | list[float] = (-90.0, 90.0),
+    fov: float | None = None,
+    roll_jitter: float = 0.0,
+    look_at_jitter: float = 0.0,
+    focal_jitter: float = 0.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    normals: bool = False,
+    workers: int = 1,
+) -> RenderSummary:
+    """Render meshes to folders of views: RGB, z-depth, mask and views.json, one folder an object.
+
+    Args:
+        meshes: GLB, glTF, OBJ or PLY files, or folders of them.
+        out: Folder that receives one folder an object. Finished objects in it are skipped.
+        renderer: pyrender (OpenGL on EGL), embree (ray casting, needs no driver), or auto:
+            pyrender where EGL works, else embree.
+        size: Side of the square images in pixels.
+        views: Number of views; 42 are the vertices of an icosphere.
+        distance: From the camera to the object's centre; the object's longest side is 1.
+        elevation: Lowest and highest camera elevation in degrees.
+        fov: Field of view in degrees; by default f = 560 px at 512 px (49.1 degrees).
+        roll_jitter: Largest random roll in degrees.
+        look_at_jitter: Largest random shift of the point looked at, in object units.
+        focal_jitter: Largest random relative change of the focal length.
+        seed: Seed of the jitters.
+        overwrite: Render finished objects again.
+        normals: Write normal maps as well.
+        workers: Processes.
+
+    Returns:
+        What became of each mesh, with objects/hour.
+
+    Raises:
+        EquifeatError: An option is wrong, no mesh is found, no renderer works here, or, after all
+            the others were rendered, some meshes failed.
+    """
+    if len(elevation) != 2:
+        raise RenderError(f"elevation = {elevation}: give two numbers, MIN and MAX")
+    viewpoints = ViewpointOptions(
+        count=views,
+        distance=distance,
+        elevation=(float(elevation[0]), float(elevation[1])),
+        fov=fov,
+        roll_jitter=roll_jitter,
+        look_at_jitter=look_at_jitter,
+        focal_jitter=focal_jitter,
+        seed=seed,
+    )
+    options = RenderOptions(size, viewpoints, normals, overwrite)
+    files = find_meshes(meshes)
+    choice = choose_renderer(renderer)
+    console = Console(stderr=True, highlight=False)
+    console.print(f"renderer: {choice.name} ({choice.reason})", markup=False)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rendering", total=len(files))
+        done = 0
+
+        def show(report: ObjectReport) -> None:
+            nonlocal done
+            done += 1
+            bar.advance(task)
+            line = report.error or f"{report.source} {report.status} in {report.seconds:.1f} s"
+            if report.status == "failed" or not console.is_terminal:
+                bar.console.print(f"[{done}/{len(files)}] {line}", markup=False, soft_wrap=True)
+
+        summary = render_many(files, out, options, renderer, show, workers)
+    if summary.failures:
+        console.print(str(summary), markup=False, soft_wrap=True)
+        failed, error = len(summary.failures), summary.failures[0][1]
+        raise RenderError(
+            error if len(files) == 1 else f"{failed} of {len(files)} meshes failed, first {error}"
+        )
+    return summary

@@ -163,17 +163,18 @@ def features(
     for path, image in progress(list(zip(images, pixels, strict=True)), "features"):
         found = _dense(extractor, image, resolution)
         maps.append(found)
-        arrays = {
-            "features": found.features[0].cpu().numpy(),
-            "size_hw": np.array(found.size_hw),
-            "stride_yx": np.array(found.stride),
-            "model": np.array(model),
-        }
-        with atomic_file(out / f"{path.stem}.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        with atomic_file(out / f"{path.stem}.npz") as temporary:
+            np.savez_compressed(
+                temporary,
+                features=found.features[0].cpu().numpy(),
+                size_hw=np.array(found.size_hw),
+                stride_yx=np.array(found.stride),
+                model=np.array(model),
+            )
     # One basis for all images, so that equal colours mean equal features.
     flat = torch.cat([m.features[0].flatten(1) for m in maps], dim=1)[None, :, None]
-    colors = pca_rgb(flat)[0, 0].split([m.grid_hw[0] * m.grid_hw[1] for m in maps])
+    sizes = [m.grid_hw[0] * m.grid_hw[1] for m in maps]
+    colors = torch.split(pca_rgb(flat)[0, 0], sizes)
     for path, color, found in zip(images, colors, maps, strict=True):
         rgb = (color.reshape(*found.grid_hw, 3) * 255).round().byte().numpy()
         height, width = found.size_hw
@@ -237,13 +238,18 @@ def match(
         xy0 = asked
         fine0, back = _grid(map0, _fine(size0))
         fine1, d1 = _grid(map1, _fine(size1))
-        found = nearest(map0.sample(xy0[None].to(device))[0], d1)
+        found = nearest(map0.sample(xy0[None].to(device))[0].cpu(), d1)
         xy1, similarity = fine1[found.matches0], found.similarity
         returned = fine0[nearest(d1[found.matches0], back).matches0]
         mutual = (returned - xy0).norm(dim=-1) <= max(map0.stride)
-    arrays = {"keypoints0": xy0, "keypoints1": xy1, "similarity": similarity, "mutual": mutual}
-    with atomic_file(out / "matches.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **{k: v.cpu().numpy() for k, v in arrays.items()})
+    with atomic_file(out / "matches.npz") as temporary:
+        np.savez_compressed(
+            temporary,
+            keypoints0=xy0.numpy(),
+            keypoints1=xy1.numpy(),
+            similarity=similarity.numpy(),
+            mutual=mutual.numpy(),
+        )
     best = similarity.argsort(descending=True)[:150]
     picture = match_picture(
         image0,

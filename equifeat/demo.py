@@ -34,10 +34,10 @@ from equifeat.train.cli import quiet, run_callbacks, run_loggers
 from equifeat.train.module import EquivariantFinetune
 
 # Seeds of the procedural objects: one to train on, the others never seen in training.
-_TRAIN_SEED, _EVAL_SEEDS = 0, range(100, 108)
-_TRAIN_VIEWS, _EVAL_VIEWS = 42, 5
-_EVAL_ELEVATION = (-15.0, 45.0)
-_KEYPOINTS = 1000
+_TRAIN_SEED, _EVAL_SEEDS = 0, range(100, 106)
+_TRAIN_VIEWS, _EVAL_VIEWS = 42, 6
+_EVAL_ELEVATION = (10.0, 40.0)
+_KEYPOINTS = 500
 
 
 class SharedTrunk(nn.Module):
@@ -107,7 +107,7 @@ def demo(
     backbone: str = PACKAGED_BACKBONE,
     weights: str = "packaged",
     head: Literal["none", "conv", "residual"] = "residual",
-    lr: float = 1e-4,
+    lr: float = 3e-4,
     renderer: Literal["auto", "pyrender", "embree"] = "auto",
     seed: int = 0,
 ) -> str:
@@ -136,7 +136,7 @@ def demo(
     start = time.monotonic()
     options = {
         "mesh": str(mesh) if mesh else f"procedural object {_TRAIN_SEED}",
-        "eval_meshes": str(eval_meshes) if eval_meshes else "procedural objects 100-107",
+        "eval_meshes": str(eval_meshes) if eval_meshes else "procedural objects 100-105",
         "resolution": resolution,
         "backbone": backbone,
         "weights": weights,
@@ -146,8 +146,10 @@ def demo(
         "seed": seed,
     }
     wanted = parse_steps(steps)
+    train_files = find_meshes([mesh]) if mesh else []
+    eval_files = find_meshes([eval_meshes]) if eval_meshes else []
     _claim(out, options)
-    train, held_out, renderer_used = _render(mesh, eval_meshes, out, resolution, renderer)
+    train, held_out, renderer_used = _render(train_files, eval_files, out, resolution, renderer)
     _train(out, train.folder, wanted, options)
     models = _models(out, wanted)
     result = evaluate_equivariance(
@@ -189,13 +191,11 @@ def _claim(out: Path, options: Mapping[str, Any]) -> None:
 
 
 def _render(
-    mesh: Path | None, eval_meshes: Path | None, out: Path, resolution: int, renderer: Any
+    train_files: list[Path], eval_files: list[Path], out: Path, resolution: int, renderer: Any
 ) -> tuple[ObjectViews, list[ObjectViews], str]:
     """Render the training object and the held-out ones; finished objects are kept."""
-    train_files = [mesh] if mesh else write_procedural(out / "meshes", [_TRAIN_SEED])
-    eval_files = (
-        find_meshes([eval_meshes]) if eval_meshes else write_procedural(out / "meshes", _EVAL_SEEDS)
-    )
+    train_files = train_files or write_procedural(out / "meshes", [_TRAIN_SEED])
+    eval_files = eval_files or write_procedural(out / "meshes", _EVAL_SEEDS)
     folders, used = [], ""
     for name, files, views in (
         ("train", train_files, ViewpointOptions(count=_TRAIN_VIEWS)),

@@ -5,20 +5,19 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from equifeat._version import __version__
 from equifeat.data.views import ObjectViews, View
+from equifeat.eval.equivariance import HasDense, SampledMap
 from equifeat.eval.equivariance_result import EquivarianceResult, Score
 from equifeat.eval.matching import nearest
 from equifeat.geometry.camera import relative, rotation_angle_deg
 from equifeat.geometry.covisibility import dense_correspondences
 from equifeat.geometry.pixels import pixel_centers
 from equifeat.metrics import box_normalizer
-from equifeat.model.feature_map import FeatureMap
 from equifeat.report import Picture, Table, write_report
 from equifeat.viz import (
     Curve,
@@ -32,14 +31,6 @@ from equifeat.viz import (
 
 RAW, UNTRAINED = "raw ViT", "untrained head"
 _PICTURED_VIEWS = 4
-
-
-class Dense(Protocol):
-    """A model that the demo compares."""
-
-    def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
-        """Return the features of images."""
-        ...
 
 
 def _excludes_zero(score: Score) -> bool:
@@ -138,7 +129,7 @@ def _widest(obj: ObjectViews, low: float = 20.0, high: float = 75.0) -> tuple[in
     return found
 
 
-def _matches(obj: ObjectViews, pair: tuple[int, int], model: Dense, title: str) -> Any:
+def _matches(obj: ObjectViews, pair: tuple[int, int], model: HasDense, title: str) -> Any:
     view0, view1 = (obj.view(i) for i in pair)
     pose = relative(view0.cam_from_world, view1.cam_from_world)
     truth = dense_correspondences(view0.depth, view1.depth, view0.camera, view1.camera, pose)
@@ -156,8 +147,8 @@ def _matches(obj: ObjectViews, pair: tuple[int, int], model: Dense, title: str) 
 
 
 def _features(
-    views: Sequence[View], models: Mapping[str, Dense], names: Sequence[str]
-) -> dict[str, list[FeatureMap]]:
+    views: Sequence[View], models: Mapping[str, HasDense], names: Sequence[str]
+) -> dict[str, list[SampledMap]]:
     return {name: [models[name].dense(view.image[None]) for view in views] for name in names}
 
 
@@ -198,7 +189,7 @@ def _curves(
 def demo_report(
     out: Path,
     result: EquivarianceResult,
-    models: Mapping[str, Dense],
+    models: Mapping[str, HasDense],
     steps: Sequence[int],
     losses: Mapping[int, float],
     train: ObjectViews,

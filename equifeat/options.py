@@ -18,7 +18,7 @@ _UNKNOWN = (
 )
 
 
-def _known_keys(parser: ArgumentParser) -> set[str]:
+def _known_keys(parser: Any) -> set[str]:
     keys: set[str] = set()
     for action in parser._actions:
         keys.add(action.dest)

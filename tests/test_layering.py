@@ -49,7 +49,7 @@ ALLOWED: dict[str, list[str]] = {
     "": ["_version", "errors", "checkpoint", "model"],  # the package itself: public names
 }
 # The demo and the command line are the only ones above data_prep.
-ABOVE_DATA_PREP = ("demo", "cli")
+ABOVE_DATA_PREP = ("demo", "commands", "cli")
 DATA_PREP_MAY = (*(f"equifeat.{name}" for name in BASE), "equifeat.geometry", "equifeat.options")
 RENDERER_PACKAGES = {"pyrender", "OpenGL", "embreex", "bpy"}
 

@@ -80,7 +80,7 @@ class Camera:
         """
         z = points_cam[..., 2:]
         safe = torch.where(z > 0, z, torch.full_like(z, float("nan")))
-        return torch.div(points_cam @ self.K[..., :2, :].mT, safe)
+        return (points_cam @ self.K[..., :2, :].mT) / safe
 
     def unproject(
         self, xy: Float[Tensor, "*b 2"], depth: Float[Tensor, "*b"]
@@ -94,7 +94,9 @@ class Camera:
         Returns:
             (..., N, 3) points.
         """
-        rays = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1) @ torch.linalg.inv(self.K).mT
+        rays: Tensor = (
+            torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1) @ torch.linalg.inv(self.K).mT
+        )
         return rays * depth.unsqueeze(-1)
 
 

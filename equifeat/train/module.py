@@ -55,7 +55,7 @@ class EquivariantFinetune(pl.LightningModule):
         pos_radius: float = 5e-3,
         neg_radius: float = 0.1,
         resolution: int | None = None,
-        lr: float = 1e-4,
+        lr: float = 3e-4,
         weight_decay: float = 1e-4,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "constant",

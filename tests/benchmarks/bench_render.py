@@ -1,7 +1,7 @@
 """Views per core-second of the whole render pipeline: load, draw, encode, write.
 
 python tests/benchmarks/bench_render.py --meshes ../shared/meshes/train ../shared/meshes/val
-    --out /tmp/bench [--renderers pyrender embree] [--size 512] [--views 42]
+    --out bench_views [--renderers pyrender embree] [--size 512] [--views 42]
 
 A core-second is one second of one CPU core (user and system time of the process with its threads,
 so a renderer that runs on four cores is charged four times). Imports and opening the renderer are
@@ -18,8 +18,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from data_prep.contact import contact_sheet
-from data_prep.render import RenderOptions, find_meshes, render_many
-from data_prep.render_summary import ObjectReport
+from data_prep.render import ObjectReport, RenderOptions, find_meshes, render_many
 from data_prep.renderers import RendererName, choose_renderer
 from data_prep.viewpoints import ViewpointOptions
 

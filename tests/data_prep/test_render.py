@@ -19,8 +19,13 @@ from data_prep.coverage import CoverageCheck
 from data_prep.mesh import load_mesh
 from data_prep.primitives import Mesh
 from data_prep.procedural import make_object, write_procedural
-from data_prep.render import RenderOptions, find_meshes, render_many, render_object
-from data_prep.render_command import render_command
+from data_prep.render import (
+    RenderOptions,
+    find_meshes,
+    render_command,
+    render_many,
+    render_object,
+)
 from data_prep.renderers import Rendered
 from data_prep.renderers.embree import EmbreeRenderer
 from data_prep.view_folder import depth_step
@@ -124,6 +129,8 @@ def test_finished_objects_are_skipped_and_others_refused(tmp_path: Path) -> None
         render_object(path, out, larger, "embree")
     with pytest.raises(RenderError, match="another renderer"):
         render_object(path, out, SMALL, "pyrender")
+    summary = render_many([path], out, SMALL, "auto")
+    assert summary.count("skipped") == 1
     path.write_bytes(quad()[0].bytes())
     with pytest.raises(RenderError, match="another source file"):
         render_object(path, out, SMALL, "embree")
@@ -183,7 +190,8 @@ def test_command_writes_plain_lines_without_a_terminal(
 ) -> None:
     tetra().write(tmp_path, "one.glb")
     points_only().write(tmp_path, "two.glb")
-    summary = render_command([tmp_path], tmp_path / "out", "embree", size=48, views=4, fov=60.0)
+    with pytest.raises(RenderError, match=r"1 of 2 meshes failed, first .*two.glb"):
+        render_command([tmp_path], tmp_path / "out", "embree", size=48, views=4, fov=60.0)
     text = capsys.readouterr().err
     assert "renderer: embree (asked for)" in text
     assert "[1/2]" in text
@@ -191,9 +199,12 @@ def test_command_writes_plain_lines_without_a_terminal(
     assert "points or lines only" in text
     assert "objects/hour" in text
     assert "\x1b" not in text
-    assert summary.count("done") == 1
     record = json.loads((tmp_path / "out" / "one" / "views.json").read_text())
     assert record["options"]["fov"] == 60.0
+    with pytest.raises(RenderError, match=r"two.glb: it holds points or lines only"):
+        render_command([tmp_path / "two.glb"], tmp_path / "out", "embree")
+    good = render_command([tmp_path / "one.glb"], tmp_path / "new", "embree", size=48, views=4)
+    assert "1 rendered, 0 skipped, 0 failed" in str(good)
     with pytest.raises(RenderError, match="size = 4"):
         render_command([tmp_path], tmp_path / "out", "embree", size=4)
 

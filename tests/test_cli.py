@@ -1,0 +1,150 @@
+"""Commands as a user runs them: results, and one sentence with a non-zero exit for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from equifeat.cli import COMMANDS, build_parser, run
+from equifeat.errors import EquifeatError
+from tests.helpers import ROOT
+from tests.synthetic import write_views
+
+MODEL = "test_vit.r160_in1k"
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli_views")
+    write_views(folder / "box", "box", views=4, size=96)
+    write_views(folder / "sphere", "sphere", views=4, size=96)
+    return folder
+
+
+def fails(argv: list[str], match: str) -> None:
+    with pytest.raises(EquifeatError, match=match) as caught:
+        run(argv)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("fit", "validate")])
+def test_every_option_is_explained(name: str) -> None:
+    text = build_parser(name).format_help()
+    options = [line for line in text.splitlines() if line.startswith("  --")]
+    assert options
+    assert "(type:" not in "".join(line.split()[0] for line in options)
+
+
+def test_evaluate_prints_tables_and_writes_json(
+    tmp_path: Path, views: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    command = ["evaluate", "equivariance", "--views", str(views), "--model", MODEL, "--weights"]
+    run([*command, "random", "--points", "50", "--pairs", "3", "--out", str(out)])
+    text = capsys.readouterr().out
+    assert "APE %" in text
+    assert "longer side of the object's box" in text
+    assert json.loads(out.read_text())["config"]["normalizer"] == "box"
+
+
+def test_features_writes_npz_and_pictures(tmp_path: Path, views: Path) -> None:
+    images = [str(views / "box" / f"color_00000{i}.png") for i in (0, 1)]
+    out = tmp_path / "out"
+    run(["features", *images, "--model", MODEL, "--weights", "random", "--out", str(out)])
+    data = np.load(out / "color_000000.npz", allow_pickle=False)
+    assert data["features"].shape == (64, 6, 6)
+    assert data["size_hw"].tolist() == [96, 96]
+    with Image.open(out / "color_000001_pca.png") as picture:
+        assert picture.size == (96, 96)
+    assert len(list(out.iterdir())) == 4
+
+
+def test_match_of_an_image_with_itself_is_the_identity(tmp_path: Path, views: Path) -> None:
+    image = str(views / "box" / "color_000000.png")
+    out = tmp_path / "out"
+    model = ["--model", MODEL, "--weights", "random", "--out", str(out)]
+    run(["match", image, image, *model])
+    found = np.load(out / "matches.npz", allow_pickle=False)
+    assert np.array_equal(found["keypoints0"], found["keypoints1"])
+    assert len(found["keypoints0"]) > 10
+    points = tmp_path / "points.txt"
+    points.write_text("50.0 40.0\n46,58\n")
+    run(["match", image, image, *model, "--keypoints", str(points)])
+    found = np.load(out / "matches.npz", allow_pickle=False)
+    assert np.abs(found["keypoints1"] - found["keypoints0"]).max() <= 4.0
+    assert found["mutual"].all()
+    with Image.open(out / "matches.png") as picture:
+        assert picture.width > 400
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["rendr"], r"'rendr'.*render"),
+        (["evaluate"], r"needs a task.*equivariance"),
+        (["features", "nowhere.png", "--model", MODEL, "--out", "OUT"], r"nowhere\.png: no such"),
+        (["features", "IMAGE", "--model", "vit_smal", "--out", "OUT"], r"vit_smal.*Did you mean"),
+        (["features", "IMAGE", "--model", "./no_folder", "--out", "OUT"], "not a model folder"),
+        (["features", "IMAGE", "IMAGE", "--model", MODEL, "--out", "OUT"], "two images are named"),
+        (["features", "IMAGE", "--modle", MODEL, "--out", "OUT"], r"modle.*model"),
+        (["match", "IMAGE", "--model", MODEL, "--out", "OUT"], "two images, not 1"),
+        (["render", "nowhere.glb", "--out", "OUT"], r"nowhere\.glb"),
+        (["render", "TEXT", "--out", "OUT"], r"text\.glb"),
+        (["demo", "--steps", "1,x", "--out", "OUT"], r"--steps '1,x'.*1,100"),
+        (["demo", "--mesh", "nowhere.glb", "--out", "OUT"], r"nowhere\.glb"),
+        (["procedural", "--count", "0", "--out", "OUT"], "--count 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    tmp_path: Path, views: Path, argv: list[str], match: str
+) -> None:
+    (tmp_path / "text.glb").write_text("this is no mesh")
+    words = {
+        "IMAGE": str(views / "box" / "color_000000.png"),
+        "OUT": str(tmp_path / "out"),
+        "TEXT": str(tmp_path / "text.glb"),
+    }
+    fails([words.get(word, word) for word in argv], match)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("200 10", r"\(200, 10\) lies outside the image of 96x96"), ("a b", "unreadable"), ("1", "N")],
+)
+def test_bad_keypoints_are_named(tmp_path: Path, views: Path, text: str, match: str) -> None:
+    image = str(views / "box" / "color_000000.png")
+    points = tmp_path / "points.txt"
+    points.write_text(text)
+    argv = ["match", image, image, "--model", MODEL, "--weights", "random"]
+    fails([*argv, "--out", str(tmp_path / "out"), "--keypoints", str(points)], match)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_exits_with_1_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "equifeat.cli", "evaluate", "equivariance"),
+            *("--views", str(tmp_path / "none"), "--model", MODEL),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("equifeat: error: ")
+    assert done.stderr.count("\n") == 1
