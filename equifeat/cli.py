@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +14,20 @@ from equifeat.errors import EquifeatError, suggest
 
 
 class Command(NamedTuple):
-    """One command: where its function is, what it does, which arguments take several values."""
+    """One command: its function, what it does, which options take several values or two."""
 
     target: str
     help: str
     several: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "demo": Command("equifeat.demo:demo", "train on one object and report, end to end"),
     "procedural": Command("equifeat.commands:procedural", "write example meshes"),
-    "render": Command("data_prep.render:render_command", "meshes to posed views", ("meshes",)),
+    "render": Command(
+        "data_prep.render:render_command", "meshes to posed views", ("meshes",), ("--elevation",)
+    ),
     "fit": Command("equifeat.train.cli:main", "finetune from a recipe (LightningCLI)"),
     "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
     "evaluate equivariance": Command(
@@ -72,7 +76,12 @@ def build_parser(name: str) -> Any:
         kind = str if several.startswith("--") else Path
         required = {"required": True} if several.startswith("--") else {}
         parser.add_argument(several, nargs="+", type=kind, help=command.help, **required)
-    parser.add_function_arguments(function, skip={s.lstrip("-") for s in command.several})
+    defaults = inspect.signature(function).parameters
+    for pair in command.pairs:
+        default = list(defaults[pair.lstrip("-")].default)
+        parser.add_argument(pair, nargs=2, type=float, default=default, help="lowest and highest")
+    skip: set[str | int] = {name.lstrip("-") for name in (*command.several, *command.pairs)}
+    parser.add_function_arguments(function, skip=skip)
     return parser
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from data_prep.procedural import write_procedural
+from data_prep.procedural import object_name, write_procedural
 from data_prep.render import ObjectReport, RenderOptions, find_meshes, render_many
 from data_prep.viewpoints import ViewpointOptions
 from equifeat.checkpoint import load_model, save_model
@@ -35,49 +35,57 @@ from equifeat.train.module import EquivariantFinetune
 
 # Seeds of the procedural objects: one to train on, the others never seen in training.
 _TRAIN_SEED, _EVAL_SEEDS = 0, range(100, 106)
-_TRAIN_VIEWS, _EVAL_VIEWS = 42, 6
+_TRAIN_VIEWS, _EVAL_VIEWS = 42, 5
 _EVAL_ELEVATION = (10.0, 40.0)
 _KEYPOINTS = 500
 
 
 class SharedTrunk(nn.Module):
-    """One of several models on one backbone: the frozen blocks run once a view for all of them.
+    """One of several models on one backbone: what they have in common is computed once a view.
+
+    The frozen blocks are common to all; the raw ViT's own last blocks are common to those whose
+    adapter is still zero, since such an adapter changes nothing, to the bit.
 
     Args:
         extractor: The model.
-        states: Tokens by image, shared with the other models.
+        shared: Results by image, the same dictionary for all models.
         first: The model with the most adapted blocks; it makes the tokens.
     """
 
     def __init__(
         self,
         extractor: FeatureExtractor,
-        states: dict[bytes, TrunkState],
+        shared: dict[bytes, tuple[TrunkState, Tensor]],
         first: FeatureExtractor,
     ) -> None:
         super().__init__()
         self.extractor = extractor
-        self.states = states
+        self.shared = shared
         self.first = first
+        adapter = extractor.adapter
+        self.is_raw = adapter is None or not any(
+            bool(update.b.any()) for key in adapter.blocks for update in adapter.pair(int(key))
+        )
 
     def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
         """Return the model's features; see FeatureExtractor.dense.
 
         Args:
-            images: (B, 3, H, W) RGB in [0, 1].
+            images: (1, 3, H, W) RGB in [0, 1].
             resolution: Patches on the longer side.
 
         Returns:
             The feature map.
         """
-        joined = []
-        for image in images:
-            key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
-            if key not in self.states:
-                self.states[key] = self.first.trunk(image[None], resolution)
-            joined.append(self.states[key])
+        key = hashlib.sha256(images.cpu().numpy().tobytes()).digest()
         with torch.no_grad():
-            return self.extractor.tail(TrunkState.cat(joined))
+            if key not in self.shared:
+                state = self.first.trunk(images, resolution)
+                self.shared[key] = state, self.first.raw().tail(state).features
+            state, raw = self.shared[key]
+            if self.is_raw:
+                return FeatureMap(self.extractor.head(raw), state.size_hw)
+            return self.extractor.tail(state)
 
 
 def parse_steps(text: str) -> list[int]:
@@ -194,8 +202,8 @@ def _render(
     train_files: list[Path], eval_files: list[Path], out: Path, resolution: int, renderer: Any
 ) -> tuple[ObjectViews, list[ObjectViews], str]:
     """Render the training object and the held-out ones; finished objects are kept."""
-    train_files = train_files or write_procedural(out / "meshes", [_TRAIN_SEED])
-    eval_files = eval_files or write_procedural(out / "meshes", _EVAL_SEEDS)
+    train_files = train_files or _procedural(out / "meshes", [_TRAIN_SEED])
+    eval_files = eval_files or _procedural(out / "meshes", _EVAL_SEEDS)
     folders, used = [], ""
     for name, files, views in (
         ("train", train_files, ViewpointOptions(count=_TRAIN_VIEWS)),
@@ -210,6 +218,14 @@ def _render(
         folders.append(folder)
         used = f"{summary.renderer} ({summary.reason})"
     return open_views(folders[0])[0], open_views(folders[1]), used
+
+
+def _procedural(folder: Path, seeds: Iterable[int]) -> list[Path]:
+    """Make the objects that an earlier start has not made."""
+    files = [folder / f"{object_name(seed)}.glb" for seed in seeds]
+    missing = [seed for seed, file in zip(seeds, files, strict=True) if not file.is_file()]
+    write_procedural(folder, missing)
+    return files
 
 
 def _say(report: ObjectReport) -> None:
@@ -262,8 +278,8 @@ def _models(out: Path, wanted: Sequence[int]) -> dict[str, SharedTrunk]:
     for step in wanted:
         folder = out / "run" / f"step_{step:06d}"
         models[_after(step)] = load_model(folder, _device(), backbone=first.backbone)
-    states: dict[bytes, TrunkState] = {}
-    return {name: SharedTrunk(model.eval(), states, first) for name, model in models.items()}
+    shared: dict[bytes, tuple[TrunkState, Tensor]] = {}
+    return {name: SharedTrunk(model.eval(), shared, first) for name, model in models.items()}
 
 
 def _after(step: int) -> str:

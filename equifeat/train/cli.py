@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,8 @@ from equifeat.errors import MissingExtraError, RecipeError
 from equifeat.options import RecipeParser
 from equifeat.train.callbacks import ExportModel, PlainProgress
 from equifeat.train.module import EquivariantFinetune
+
+_TALKATIVE = ("", ".utilities.rank_zero")
 
 
 def run_callbacks(run_dir: str | Path, save_every: int, steps: tuple[int, ...] = ()) -> list[Any]:
@@ -150,7 +153,18 @@ def quiet() -> Iterator[None]:
         # Lightning 2.6 calls what newer jsonargparse and torch have renamed.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        yield
+        loggers = [logging.getLogger(f"pytorch_lightning{name}") for name in _TALKATIVE]
+        for logger in loggers:
+            logger.addFilter(_is_no_advertisement)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def main(argv: Sequence[str]) -> None:
