@@ -81,6 +81,11 @@ def build_parser(name: str) -> Any:
         default = list(defaults[pair.lstrip("-")].default)
         parser.add_argument(pair, nargs=2, type=float, default=default, help="lowest and highest")
     skip: set[str | int] = {name.lstrip("-") for name in (*command.several, *command.pairs)}
+    for parameter in defaults.values():
+        if parameter.default is False:
+            # jsonargparse would want --name true
+            parser.add_argument(f"--{parameter.name}", action="store_true", help="switch on")
+            skip.add(parameter.name)
     parser.add_function_arguments(function, skip=skip)
     return parser
 
@@ -88,6 +93,14 @@ def build_parser(name: str) -> Any:
 def _load(target: str) -> Any:
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _underscored(word: str) -> str:
+    """Let --eval-meshes be written for --eval_meshes, as shell users expect."""
+    option, equals, value = word.partition("=")
+    if not option.startswith("--"):
+        return word
+    return "--" + option[2:].replace("-", "_") + equals + value
 
 
 def run(argv: Sequence[str]) -> None:
@@ -102,6 +115,11 @@ def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return
+    if list(argv[1:]) in (["-h"], ["--help"]) and any(
+        n.startswith(f"{argv[0]} ") for n in COMMANDS
+    ):
+        print("\n".join(f"{n}  {c.help}" for n, c in COMMANDS.items() if n.startswith(argv[0])))
+        return
     if argv[0] == "--version":
         print(__version__)
         return
@@ -109,7 +127,7 @@ def run(argv: Sequence[str]) -> None:
     if name in ("fit", "validate"):
         _load(COMMANDS[name].target)([name, *rest])
         return
-    values = build_parser(name).parse_args(rest)
+    values = build_parser(name).parse_args([_underscored(word) for word in rest])
     text = _load(COMMANDS[name].target)(**values.as_dict())
     if text is not None:
         print(text)

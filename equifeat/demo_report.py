@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from equifeat._version import __version__
 from equifeat.data.views import ObjectViews, View
@@ -15,7 +17,7 @@ from equifeat.eval.equivariance import HasDense, SampledMap
 from equifeat.eval.equivariance_result import EquivarianceResult, Score
 from equifeat.eval.matching import nearest
 from equifeat.geometry.camera import relative, rotation_angle_deg
-from equifeat.geometry.covisibility import dense_correspondences
+from equifeat.geometry.covisibility import dense_correspondences, overlap
 from equifeat.geometry.pixels import pixel_centers
 from equifeat.metrics import box_normalizer
 from equifeat.report import Picture, Table, write_report
@@ -30,7 +32,9 @@ from equifeat.viz import (
 )
 
 RAW, UNTRAINED = "raw ViT", "untrained head"
-_PICTURED_VIEWS = 4
+_PICTURED_OBJECTS, _PICTURED_VIEWS = 8, 4
+# Views nearer than this look alike to any model.
+_TELLING_ANGLE_DEG = 20.0
 
 
 def _excludes_zero(score: Score) -> bool:
@@ -110,23 +114,32 @@ def card(result: EquivarianceResult) -> dict[str, Any]:
     }
 
 
-def _widest(obj: ObjectViews, low: float = 20.0, high: float = 75.0) -> tuple[int, int]:
-    """Return the ordered pair of views with the most covisible pixels at a telling angle."""
-    best, found = -1.0, (0, 1)
-    for i in range(len(obj)):
-        for j in range(len(obj)):
-            view0, view1 = obj.view(i), obj.view(j)
-            pose = relative(view0.cam_from_world, view1.cam_from_world)
-            angle = float(rotation_angle_deg(pose[:3, :3]))
-            if i == j:
-                continue
-            seen = dense_correspondences(
+def _shared(obj: ObjectViews) -> Tensor:
+    """(V, V) share of the surface of view i that view j sees, 0 where the view change is small."""
+    shares = torch.zeros(len(obj), len(obj))
+    for i, j in itertools.permutations(range(len(obj)), 2):
+        view0, view1 = obj.view(i), obj.view(j)
+        pose = relative(view0.cam_from_world, view1.cam_from_world)
+        if float(rotation_angle_deg(pose[:3, :3])) >= _TELLING_ANGLE_DEG:
+            found = dense_correspondences(
                 view0.depth, view1.depth, view0.camera, view1.camera, pose
-            ).covisible.sum()
-            score = float(seen) * (1.0 if low <= angle <= high else 0.1)
-            if score > best:
-                best, found = score, (i, j)
-    return found
+            )
+            shares[i, j] = overlap(found, view0.depth)
+    return shares
+
+
+def _pictured(held_out: Sequence[ObjectViews]) -> tuple[ObjectViews, list[int]]:
+    """Choose the object and views that have most in common, by geometry alone."""
+    best, chosen = -1.0, (held_out[0], [0])
+    for obj in held_out[:_PICTURED_OBJECTS]:
+        shares, others = _shared(obj).sort(dim=1, descending=True)
+        top = shares[:, : _PICTURED_VIEWS - 1].sum(1)
+        first = int(top.argmax())
+        if float(top[first]) > best:
+            best = float(top[first])
+            near = others[first, : _PICTURED_VIEWS - 1].tolist()
+            chosen = obj, [first, *(i for i in near if i != first)]
+    return chosen
 
 
 def _matches(obj: ObjectViews, pair: tuple[int, int], model: HasDense, title: str) -> Any:
@@ -212,10 +225,9 @@ def demo_report(
     """
     last = result.models[-1]
     names = [RAW, last]
-    obj = held_out[0]
-    pair = _widest(obj)
-    others = [i for i in range(len(obj)) if i not in pair]
-    views = [obj.view(i) for i in [*pair, *others][:_PICTURED_VIEWS]]
+    obj, indices = _pictured(held_out)
+    pair = (indices[0], indices[-1] if len(indices) == 1 else indices[1])
+    views = [obj.view(i) for i in indices]
     features = _features(views, models, names)
     pictures = {
         "transfer": Picture(

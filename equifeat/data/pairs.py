@@ -15,7 +15,7 @@ from equifeat.data.augment import Augment, AugmentedView, augment_view, check_ba
 from equifeat.data.views import ObjectViews, View
 from equifeat.errors import CorrespondenceError, RecipeError, ViewsError
 from equifeat.geometry.camera import Camera, invert, relative, rotation_angle_deg, transform
-from equifeat.geometry.covisibility import correspond
+from equifeat.geometry.covisibility import correspond, limits_of_steps
 from equifeat.geometry.pixels import pixel_centers, pixel_index
 from equifeat.seeding import numpy_generator
 
@@ -199,10 +199,7 @@ class PairSource(Dataset[Pair]):
             xy1 = self._mask_pixels(view1, rng, all_of_them=False)
             points0, points1 = _lift(view0, xy0, z0), _lift(view1, xy1, _depth_at(view1, xy1))
             return _Sampled(xy0, xy1, points0, points1)
-        # Millimetre depth (the reference layout) is coarser than the usual limits: a step moves a
-        # point that is seen from the side by up to focal * step / depth pixels.
         nearest = float(z0.min()) if len(z0) else 1.0
-        rounding_px = float(view0.camera.K[0, 0]) * depth_step / nearest
         found = correspond(
             xy0,
             z0,
@@ -210,8 +207,7 @@ class PairSource(Dataset[Pair]):
             view0.camera,
             view1.camera,
             relative(view0.cam_from_world, view1.cam_from_world),
-            depth_tol=max(1e-3, 2 * depth_step),
-            max_error_px=max(0.05, rounding_px),
+            *limits_of_steps(depth_step, view0.camera, nearest),
         )
         rows = found.covisible.nonzero()[:, 0]
         if len(rows) > self.num_keypoints:

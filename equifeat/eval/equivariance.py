@@ -22,7 +22,7 @@ from equifeat.errors import CorrespondenceError, RecipeError
 from equifeat.eval.equivariance_result import BIN_EDGES, EquivarianceResult, PairScore
 from equifeat.eval.matching import DEFAULT_BUDGET, nearest
 from equifeat.geometry.camera import Camera, relative, rotation_angle_deg
-from equifeat.geometry.covisibility import dense_correspondences
+from equifeat.geometry.covisibility import dense_correspondences, limits_of_steps
 from equifeat.geometry.pixels import pixel_centers
 from equifeat.metrics import THRESHOLDS, Normalizer, ape, matching_errors, normalizer_px, pcdp
 from equifeat.seeding import torch_generator
@@ -268,8 +268,15 @@ class _ObjectScorer:
     def points(self, i: int, j: int) -> _Points:
         view0, view1 = self.view(i), self.view(j)
         poses = self.obj.cam_from_world
+        nearest_z = float(view0.depth[view0.depth > 0].min()) if view0.depth.any() else 1.0
+        step = float(getattr(self.obj, "depth_step", 0.0))
         found = dense_correspondences(
-            view0.depth, view1.depth, view0.camera, view1.camera, relative(poses[i], poses[j])
+            view0.depth,
+            view1.depth,
+            view0.camera,
+            view1.camera,
+            relative(poses[i], poses[j]),
+            *limits_of_steps(step, view0.camera, nearest_z),
         )
         xy0 = pixel_centers(_size_hw(view0.mask), dtype=torch.float32)
         keep = found.covisible & view0.mask

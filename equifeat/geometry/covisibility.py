@@ -51,6 +51,27 @@ def surface_depth(
     return torch.where(ok, 1.0 / both[:, 0].clamp_min(1e-12), torch.zeros_like(both[:, 0])), ok
 
 
+def limits_of_steps(
+    depth_step: float, camera0: Camera, nearest_z: float, exact: tuple[float, float] = (1e-3, 0.05)
+) -> tuple[float, float]:
+    """Return the two limits of :func:`correspond` for depth that is kept in steps.
+
+    The usual limits, unless the steps are so coarse (the reference's millimetres) that rounding
+    alone would fail them: a step moves a point seen from the side by up to f * step / z pixels.
+
+    Args:
+        depth_step: Object units of one step of the depth map.
+        camera0: Intrinsics of view 0.
+        nearest_z: Smallest depth in view 0.
+        exact: The limits for exact depth.
+
+    Returns:
+        depth_tol in object units and max_error_px in pixels.
+    """
+    pixels = float(camera0.K[0, 0]) * depth_step / nearest_z
+    return max(exact[0], 2 * depth_step), max(exact[1], pixels)
+
+
 def correspond(
     xy0: Float[Tensor, "n 2"],
     z0: Float[Tensor, "n"],

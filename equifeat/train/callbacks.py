@@ -1,4 +1,4 @@
-"""Callbacks of a run: export at the end, plain progress lines, learning-rate and gradient logs."""
+"""Callbacks of a run: export of the model, plain progress lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from equifeat.train.module import EquivariantFinetune
 
 
 class ExportModel(pl.Callback):
-    """Write the model folder when a fit ends, also when it was interrupted by Ctrl-C.
+    """Write the model folder when a fit reaches its end.
 
     Args:
         folder: Where to write; ``model`` in the run's folder when None.

@@ -26,13 +26,16 @@ from equifeat.train.module import EquivariantFinetune
 _TALKATIVE = ("", ".utilities.rank_zero")
 
 
-def run_callbacks(run_dir: str | Path, save_every: int, steps: tuple[int, ...] = ()) -> list[Any]:
+def run_callbacks(
+    run_dir: str | Path, save_every: int, steps: tuple[int, ...] = (), logged: bool = True
+) -> list[Any]:
     """Return the callbacks of every run: checkpoints, export, learning rate, progress.
 
     Args:
         run_dir: Folder of the run.
         save_every: Optimiser steps between two checkpoints.
         steps: Optimiser steps after which the model folder is written as ``step_%06d``.
+        logged: Whether the run has a logger.
 
     Returns:
         Lightning callbacks.
@@ -47,8 +50,9 @@ def run_callbacks(run_dir: str | Path, save_every: int, steps: tuple[int, ...] =
             save_last=True,
         ),
         ExportModel(str(Path(run_dir) / "model"), steps),
-        LearningRateMonitor("step"),
     ]
+    if logged:
+        callbacks.append(LearningRateMonitor("step"))
     if not sys.stderr.isatty():
         callbacks.append(PlainProgress())
     return callbacks
@@ -69,7 +73,8 @@ def run_loggers(run_dir: str | Path, wandb_project: str | None = None) -> list[L
     Raises:
         MissingExtraError: wandb is not installed.
     """
-    csv = CSVLogger(run_dir, name="logs")
+    # Flushed at every step, so that a killed run keeps its curve.
+    csv = CSVLogger(run_dir, name="logs", flush_logs_every_n_steps=1)
     # Both write into the same numbered folder.
     loggers: list[Logger] = [csv, TensorBoardLogger(run_dir, name="logs", version=csv.version)]
     if wandb_project:
@@ -103,6 +108,23 @@ class RecipeCLI(LightningCLI):
         )
         parser.link_arguments("run.dir", "trainer.default_root_dir")
 
+    def before_instantiate_classes(self) -> None:
+        """Find the run's last checkpoint for validate, where Lightning would know of none.
+
+        Raises:
+            RecipeError: The run has no checkpoint yet.
+        """
+        if self.subcommand == "validate":
+            config = self.config[self.subcommand]
+            if config["ckpt_path"] == "last":
+                last = Path(config["run"]["dir"]) / "checkpoints" / "last.ckpt"
+                if not last.is_file():
+                    raise RecipeError(
+                        f"{last} does not exist: fit first, or --ckpt_path null validates the "
+                        "untrained model"
+                    )
+                config["ckpt_path"] = str(last)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the run's loggers and callbacks.
 
@@ -120,7 +142,8 @@ class RecipeCLI(LightningCLI):
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
         if self.subcommand == "fit" and not trainer_config.get("fast_dev_run"):
-            own = run_callbacks(run["dir"], run["save_every"], tuple(run["export_steps"]))
+            logged = kwargs.get("logger", trainer_config.get("logger")) is not False
+            own = run_callbacks(run["dir"], run["save_every"], tuple(run["export_steps"]), logged)
             kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), *own]
         trainer: Trainer = super().instantiate_trainer(**kwargs)
         return trainer
@@ -145,6 +168,8 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         # The frozen ViT stays in eval mode on purpose.
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        # validate needs the weights of a checkpoint, not the callbacks that wrote it.
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
         # A run folder is used again on purpose: that is how a run resumes.
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")

@@ -106,8 +106,9 @@ class EquivariantFinetune(pl.LightningModule):
         b = len(batch)
         images = torch.cat([batch.images0, batch.images1])
         if hp["trunk_cache_mb"]:
+            # A mesh may be rendered for training and for validation under one name.
             keys = [
-                None if augmented else key
+                None if augmented else (f"{stage}/{key[0]}", key[1])
                 for key, augmented in zip(
                     batch.keys0 + batch.keys1, batch.augmented0 + batch.augmented1, strict=True
                 )
