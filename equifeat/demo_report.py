@@ -115,7 +115,7 @@ def card(result: EquivarianceResult) -> dict[str, Any]:
 
 
 def _shared(obj: ObjectViews) -> Tensor:
-    """(V, V) share of the surface of view i that view j sees, 0 where the view change is small."""
+    """(V, V) share of the surface of view j that view i sees, 0 where the view change is small."""
     shares = torch.zeros(len(obj), len(obj))
     for i, j in itertools.permutations(range(len(obj)), 2):
         view0, view1 = obj.view(i), obj.view(j)
@@ -124,7 +124,7 @@ def _shared(obj: ObjectViews) -> Tensor:
             found = dense_correspondences(
                 view0.depth, view1.depth, view0.camera, view1.camera, pose
             )
-            shares[i, j] = overlap(found, view0.depth)
+            shares[j, i] = overlap(found, view0.depth)
     return shares
 
 

@@ -30,25 +30,27 @@ class Correspondences(NamedTuple):
 
 
 def surface_depth(
-    depth: Float[Tensor, "h w"], xy: Float[Tensor, "n 2"]
-) -> tuple[Float[Tensor, "n"], Bool[Tensor, "n"]]:
-    """Interpolate a depth map at points, as 1/z: that is exact for planes.
+    depth: Float[Tensor, "*b h w"], xy: Float[Tensor, "*b n 2"]
+) -> tuple[Float[Tensor, "*b n"], Bool[Tensor, "*b n"]]:
+    """Interpolate depth maps at points, as 1/z: that is exact for planes.
 
     Args:
-        depth: (H, W) z-depth, 0 = background.
-        xy: (N, 2) pixels, may lie outside or be NaN.
+        depth: (..., H, W) z-depth, 0 = background.
+        xy: (..., N, 2) pixels, may lie outside or be NaN.
 
     Returns:
-        Depth (N,) and whether all four pixels around the point are surface and inside.
+        Depth (..., N) and whether all four pixels around the point are surface and inside.
     """
     size_hw = (depth.shape[-2], depth.shape[-1])
     solid = (depth > 0).to(depth.dtype)
     inverse = torch.where(depth > 0, 1.0 / depth.clamp_min(1e-12), torch.zeros_like(depth))
     ok = inside(xy, size_hw)
     at = torch.where(ok.unsqueeze(-1), xy, torch.zeros_like(xy))
-    both = sample(torch.stack([inverse, solid])[None], at[None], size_hw)[0]
-    ok = ok & (both[:, 1] > 1.0 - 1e-4)
-    return torch.where(ok, 1.0 / both[:, 0].clamp_min(1e-12), torch.zeros_like(both[:, 0])), ok
+    maps = torch.stack([inverse, solid], dim=-3).reshape(-1, 2, *size_hw)
+    both = sample(maps, at.reshape(len(maps), -1, 2), size_hw).reshape(*xy.shape)
+    ok = ok & (both[..., 1] > 1.0 - 1e-4)
+    z = 1.0 / both[..., 0].clamp_min(1e-12)
+    return torch.where(ok, z, torch.zeros_like(z)), ok
 
 
 def limits_of_steps(
@@ -73,12 +75,12 @@ def limits_of_steps(
 
 
 def correspond(
-    xy0: Float[Tensor, "n 2"],
-    z0: Float[Tensor, "n"],
-    depth1: Float[Tensor, "h w"],
+    xy0: Float[Tensor, "*b n 2"],
+    z0: Float[Tensor, "*b n"],
+    depth1: Float[Tensor, "*b h w"],
     camera0: Camera,
     camera1: Camera,
-    cam1_from_cam0: Float[Tensor, "4 4"],
+    cam1_from_cam0: Float[Tensor, "*b 4 4"],
     depth_tol: float = 1e-3,
     max_error_px: float = 0.05,
 ) -> Correspondences:
@@ -90,9 +92,9 @@ def correspond(
     not the surface's, and such pixels are dropped rather than trusted.
 
     Args:
-        xy0: (N, 2) pixels of view 0.
-        z0: (N,) z-depth there, 0 = background.
-        depth1: (H, W) z-depth of view 1, 0 = background.
+        xy0: (..., N, 2) pixels of view 0.
+        z0: (..., N) z-depth there, 0 = background.
+        depth1: (..., H, W) z-depth of view 1, 0 = background.
         camera0: Intrinsics of view 0.
         camera1: Intrinsics of view 1.
         cam1_from_cam0: Transform from camera 0 to camera 1.
@@ -100,7 +102,7 @@ def correspond(
         max_error_px: Largest round-trip error in pixels of view 0.
 
     Returns:
-        xy (N, 2) in view 1 and covisible (N,).
+        xy (..., N, 2) in view 1 and covisible (..., N).
     """
     points1 = transform(cam1_from_cam0, camera0.unproject(xy0, z0))
     nan = torch.full_like(xy0, float("nan"))
@@ -113,19 +115,19 @@ def correspond(
 
 
 def dense_correspondences(
-    depth0: Float[Tensor, "h0 w0"],
-    depth1: Float[Tensor, "h1 w1"],
+    depth0: Float[Tensor, "*b h0 w0"],
+    depth1: Float[Tensor, "*b h1 w1"],
     camera0: Camera,
     camera1: Camera,
-    cam1_from_cam0: Float[Tensor, "4 4"],
+    cam1_from_cam0: Float[Tensor, "*b 4 4"],
     depth_tol: float = 1e-3,
     max_error_px: float = 0.05,
 ) -> Correspondences:
     """For every pixel of view 0: its xy in view 1 and whether it is covisible.
 
     Args:
-        depth0: (H0, W0) z-depth of view 0, 0 = background.
-        depth1: (H1, W1) z-depth of view 1.
+        depth0: (..., H0, W0) z-depth of view 0, 0 = background.
+        depth1: (..., H1, W1) z-depth of view 1.
         camera0: Intrinsics of view 0.
         camera1: Intrinsics of view 1.
         cam1_from_cam0: Transform from camera 0 to camera 1.
@@ -133,13 +135,13 @@ def dense_correspondences(
         max_error_px: See :func:`correspond`.
 
     Returns:
-        xy (H0, W0, 2) in view 1 and covisible (H0, W0).
+        xy (..., H0, W0, 2) in view 1 and covisible (..., H0, W0).
     """
-    h, w = depth0.shape
+    batch, (h, w) = depth0.shape[:-2], depth0.shape[-2:]
     xy0 = pixel_centers((h, w), depth0.device, depth0.dtype).reshape(-1, 2)
     found = correspond(
-        xy0,
-        depth0.reshape(-1),
+        xy0.expand(*batch, h * w, 2),
+        depth0.reshape(*batch, h * w),
         depth1,
         camera0,
         camera1,
@@ -147,10 +149,12 @@ def dense_correspondences(
         depth_tol,
         max_error_px,
     )
-    return Correspondences(found.xy.reshape(h, w, 2), found.covisible.reshape(h, w))
+    return Correspondences(found.xy.reshape(*batch, h, w, 2), found.covisible.reshape(*batch, h, w))
 
 
-def overlap(correspondences: Correspondences, depth0: Float[Tensor, "h w"]) -> float:
+def overlap(
+    correspondences: Correspondences, depth0: Float[Tensor, "*b h w"]
+) -> Float[Tensor, "*b"]:
     """Return the share of view 0's surface pixels that are covisible in view 1.
 
     Args:
@@ -158,7 +162,7 @@ def overlap(correspondences: Correspondences, depth0: Float[Tensor, "h w"]) -> f
         depth0: Depth of view 0.
 
     Returns:
-        A number from 0 to 1; 0 when view 0 is empty.
+        (...) numbers from 0 to 1; 0 where view 0 is empty.
     """
-    surface = int((depth0 > 0).sum())
-    return float(correspondences.covisible.sum()) / surface if surface else 0.0
+    surface = (depth0 > 0).sum((-2, -1))
+    return correspondences.covisible.sum((-2, -1)) / surface.clamp_min(1)

@@ -168,9 +168,7 @@ def bench(
     }
     base = sorted(seconds["plain"])[len(seconds["plain"]) // 2]
     out = [f"{resolution} px, {torch.get_num_threads()} threads, {steps} steps, medians"]
-    out.append(
-        "| variant | s a step | of the plain loop | GiB the process grows by in a step | first loss |"
-    )
+    out.append("| variant | s a step | of the plain loop | GiB a step adds | first loss |")
     out.append("| --- | ---: | ---: | ---: | ---: |")
     for name in VARIANTS:
         median = sorted(seconds[name])[len(seconds[name]) // 2]

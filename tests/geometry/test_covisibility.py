@@ -87,8 +87,9 @@ def test_identity_and_overlap() -> None:
     solid = depth > 0
     xy = pixel_centers((64, 64), dtype=torch.float64)
     assert torch.allclose(same.xy[solid], xy[solid])
-    assert overlap(same, depth) == pytest.approx(1.0)
-    assert overlap(same, torch.zeros_like(depth)) == 0.0
+    assert float(overlap(same, depth)) == pytest.approx(1.0)
+    nothing = same._replace(covisible=torch.zeros_like(same.covisible))
+    assert float(overlap(nothing, torch.zeros_like(depth))) == 0.0
     other = relative(pose(2.0, 0.0, 0.0), pose(-2.0, 0.0, 0.0))
     behind = depth_of("sphere", camera, pose(-2.0, 0.0, 0.0))
     assert overlap(dense_correspondences(depth, behind, camera, camera, other), depth) == 0.0
@@ -106,3 +107,38 @@ def test_points_outside_or_behind_are_not_covisible() -> None:
     aside = torch.eye(4, dtype=torch.float64)
     aside[0, 3] = 10.0
     assert not correspond(xy, z, depth, camera, camera, aside).covisible.any()
+
+
+def test_a_batch_of_pairs_equals_one_pair_at_a_time() -> None:
+    camera = camera64(64)
+    poses = [pose(2.0, 0.0, 0.3), pose(1.9, 0.5, 0.3), pose(1.0, 1.6, 0.8)]
+    depths = [depth_of("sphere", camera, p) for p in poses]
+    pairs = [(0, 1), (1, 2), (2, 0), (0, 2)]
+    batch = dense_correspondences(
+        torch.stack([depths[i] for i, _ in pairs]).reshape(2, 2, 64, 64),
+        torch.stack([depths[j] for _, j in pairs]).reshape(2, 2, 64, 64),
+        camera,
+        camera,
+        torch.stack([relative(poses[i], poses[j]) for i, j in pairs]).reshape(2, 2, 4, 4),
+    )
+    shares = overlap(batch, torch.stack([depths[i] for i, _ in pairs]).reshape(2, 2, 64, 64))
+    for n, (i, j) in enumerate(pairs):
+        one = dense_correspondences(
+            depths[i], depths[j], camera, camera, relative(poses[i], poses[j])
+        )
+        assert torch.equal(batch.covisible[n // 2, n % 2], one.covisible)
+        assert torch.equal(batch.xy[n // 2, n % 2][one.covisible], one.xy[one.covisible])
+        assert torch.equal(shares[n // 2, n % 2], overlap(one, depths[i]))
+
+
+def test_correspondences_have_gradients() -> None:
+    camera = camera64(16)
+    pose0, pose1 = pose(2.0, 0.0, 0.3), pose(1.9, 0.3, 0.3)
+    depth1 = depth_of("sphere", camera, pose1)
+    xy = torch.tensor([[7.5, 8.5], [9.5, 7.5]], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([1.55, 1.6], dtype=torch.float64, requires_grad=True)
+
+    def where(xy0: Tensor, z0: Tensor) -> Tensor:
+        return correspond(xy0, z0, depth1, camera, camera, relative(pose0, pose1)).xy
+
+    assert torch.autograd.gradcheck(where, (xy, z))
