@@ -95,8 +95,15 @@ def _load(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _underscored(word: str) -> str:
-    """Let --eval-meshes be written for --eval_meshes, as shell users expect."""
+def underscored(word: str) -> str:
+    """Let --eval-meshes be written for --eval_meshes, as shell users expect.
+
+    Args:
+        word: One word of a command line.
+
+    Returns:
+        The word, with underscores in its option's name.
+    """
     option, equals, value = word.partition("=")
     if not option.startswith("--"):
         return word
@@ -127,7 +134,7 @@ def run(argv: Sequence[str]) -> None:
     if name in ("fit", "validate"):
         _load(COMMANDS[name].target)([name, *rest])
         return
-    values = build_parser(name).parse_args([_underscored(word) for word in rest])
+    values = build_parser(name).parse_args([underscored(word) for word in rest])
     text = _load(COMMANDS[name].target)(**values.as_dict())
     if text is not None:
         print(text)

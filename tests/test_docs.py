@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from equifeat.cli import underscored
 from tests.helpers import ROOT
 
 GEOMETRY = sorted((ROOT / "equifeat" / "geometry").glob("*.py"))
@@ -132,7 +133,7 @@ def test_commands_and_options_exist(block: Block) -> None:
         for word in call:
             if not word.startswith("--"):
                 continue
-            option = word.split("=")[0]
+            option = underscored(word).split("=")[0]
             known = set(re.findall(r"--[A-Za-z][\w.-]*", text))
             # Nested options of a class show up in its own help, --trainer in the parent's.
             shown = option in known or option.split(".")[0] in known
