@@ -116,10 +116,10 @@ class _Files(trimesh.resolvers.Resolver):
         return self._files.keys()
 
     def write(self, name: str, data: Any) -> None:
-        raise NotImplementedError
+        raise PermissionError(f"reading a mesh writes nothing, not {name}")
 
     def namespaced(self, namespace: str) -> Any:
-        raise NotImplementedError
+        raise PermissionError(f"a mesh reads nothing from {namespace}")
 
 
 def _plain_library(path: Path, library: str, files: dict[str, bytes]) -> str:
