@@ -19,7 +19,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem aut
   color: #1d2530; background: #fff; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid #d8dee6; text-align: right; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid #d8dee6; text-align: right;
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; }
 figure { margin: 1rem 0; } figcaption { color: #4a5666; margin-bottom: .4rem; }
@@ -101,7 +102,7 @@ def write_report(
     """
     lead = "".join(f'<p class="lead">{html.escape(text)}</p>' for text in paragraphs)
     how = "".join(
-        f"<tr><td>{html.escape(key)}</td><td style='text-align:left'>{html.escape(value)}</td></tr>"
+        f"<tr><td>{html.escape(key)}</td><td style='text-align:left;white-space:normal'>{html.escape(value)}</td></tr>"
         for key, value in details.items()
     )
     page = (
