@@ -22,6 +22,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid #d8dee6; text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+td.text { text-align: left; white-space: normal; }
 .wide { overflow-x: auto; }
 figure { margin: 1rem 0; } figcaption { color: #4a5666; margin-bottom: .4rem; }
 img { max-width: 100%; height: auto; border: 1px solid #d8dee6; }
@@ -102,7 +103,7 @@ def write_report(
     """
     lead = "".join(f'<p class="lead">{html.escape(text)}</p>' for text in paragraphs)
     how = "".join(
-        f"<tr><td>{html.escape(key)}</td><td style='text-align:left;white-space:normal'>{html.escape(value)}</td></tr>"
+        f"<tr><td>{html.escape(key)}</td><td class='text'>{html.escape(value)}</td></tr>"
         for key, value in details.items()
     )
     page = (
