@@ -46,14 +46,20 @@ def _usage() -> str:
     return "\n".join([first, "", *lines, "", last])
 
 
+def _tasks(word: str) -> dict[str, str]:
+    """Help by task of a command in two words; empty for any other."""
+    start = f"{word} "
+    return {n.removeprefix(start): c.help for n, c in COMMANDS.items() if n.startswith(start)}
+
+
 def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
     for words in (2, 1):
         name = " ".join(argv[:words])
         if name in COMMANDS and len(argv) >= words:
             return name, list(argv[words:])
-    if argv[0] == "evaluate":
-        tasks = ", ".join(n.split()[1] for n in COMMANDS if n.startswith("evaluate "))
-        raise EquifeatError(f"equifeat evaluate needs a task, one of: {tasks}")
+    tasks = _tasks(argv[0])
+    if tasks:
+        raise EquifeatError(f"equifeat {argv[0]} needs a task, one of: {', '.join(tasks)}")
     raise EquifeatError(f"there is no command {argv[0]!r}.{suggest(argv[0], COMMANDS)}")
 
 
@@ -122,10 +128,9 @@ def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return
-    if list(argv[1:]) in (["-h"], ["--help"]) and any(
-        n.startswith(f"{argv[0]} ") for n in COMMANDS
-    ):
-        print("\n".join(f"{n}  {c.help}" for n, c in COMMANDS.items() if n.startswith(argv[0])))
+    tasks = _tasks(argv[0])
+    if tasks and list(argv[1:]) in (["-h"], ["--help"]):
+        print("\n".join(f"{argv[0]} {task}  {help}" for task, help in tasks.items()))
         return
     if argv[0] == "--version":
         print(__version__)
