@@ -1,30 +1,36 @@
 """A mesh file to a :class:`Mesh`: world transforms baked, longest side 1, centred at the origin.
 
-Trimesh reads the files; glTF is first checked and made plain by :mod:`data_prep.gltf`, OBJ and PLY
-by :mod:`data_prep.sidecars`, because trimesh turns much of what it does not know into
-zeros, follows any path, and drops what it cannot find.
+The files are read by :mod:`data_prep.gltf`, :mod:`data_prep.obj` and :mod:`data_prep.ply`, which
+trust nothing in them and drop nothing in silence.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import trimesh
 from numpy.typing import NDArray
 
-from data_prep.gltf import MaterialNotes, read_plain_glb
+from data_prep.gltf import read_gltf
+from data_prep.limits import Budget, MeshLimits
 from data_prep.normals import corner_normals
+from data_prep.obj import read_obj
+from data_prep.ply import read_ply
 from data_prep.primitives import Mesh, Primitive
-from data_prep.sidecars import read_obj, read_ply
-from data_prep.trimesh_scene import scene_parts
 from equifeat.errors import MeshError
 
-__all__ = ["SUFFIXES", "Mesh", "Primitive", "load_mesh", "mesh_from_bytes", "normalized"]
+__all__ = [
+    "SUFFIXES",
+    "Mesh",
+    "MeshLimits",
+    "Primitive",
+    "load_mesh",
+    "mesh_from_bytes",
+    "normalized",
+]
 
 Array = NDArray[Any]
 
@@ -33,11 +39,12 @@ SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
 _RELATIVE_SIZE = 1e-12
 
 
-def load_mesh(path: str | Path) -> Mesh:
+def load_mesh(path: str | Path, limits: MeshLimits | None = None) -> Mesh:
     """Read a GLB, glTF, OBJ or PLY file.
 
     Args:
         path: The file. Everything it refers to must lie in its own folder or below.
+        limits: What is too large; by default :class:`MeshLimits`.
 
     Returns:
         The mesh: scene graph applied in float64, centred, longest bounding-box side 1.
@@ -45,25 +52,27 @@ def load_mesh(path: str | Path) -> Mesh:
     Raises:
         MeshError: One sentence that names the file, what is wrong with it and what to do.
     """
-    path = Path(path)
+    path, limits = Path(path), limits or MeshLimits()
     suffix = path.suffix.lower()
     if not path.is_file():
         raise MeshError(f"{path}: no such mesh file")
     if suffix not in SUFFIXES:
         raise MeshError(f"{path}: {suffix or 'no suffix'} is not one of {', '.join(SUFFIXES)}")
     try:
+        Budget(path, limits).file_bytes(path.stat().st_size)
         data = path.read_bytes()
     except OSError as error:
         raise MeshError(f"{path}: cannot be read ({error.strerror})") from error
-    return mesh_from_bytes(path, data)
+    return mesh_from_bytes(path, data, limits)
 
 
-def mesh_from_bytes(path: Path, data: bytes) -> Mesh:
+def mesh_from_bytes(path: Path, data: bytes, limits: MeshLimits | None = None) -> Mesh:
     """Read a mesh from the bytes of a file.
 
     Args:
         path: Gives the name, the format, and the folder of what the bytes refer to.
         data: The file's content.
+        limits: What is too large; by default :class:`MeshLimits`.
 
     Returns:
         The mesh.
@@ -73,33 +82,30 @@ def mesh_from_bytes(path: Path, data: bytes) -> Mesh:
     """
     if not data:
         raise MeshError(f"{path}: the file is empty (0 bytes)")
-    # damaged numbers overflow quietly here and are found as NaN or infinity afterwards
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        parts = _read(path, data)
-        digest = hashlib.sha256(data).hexdigest()
-        return normalized(path.stem, parts, where=str(path), file=path.name, sha256=digest)
-
-
-def _read(path: Path, data: bytes) -> list[tuple[Array, Primitive]]:
-    """Check a file, let trimesh read it, and return its parts."""
-    suffix = path.suffix.lower()
-    notes: list[MaterialNotes] = []
+    budget = Budget(path, limits or MeshLimits())
     try:
-        if suffix in (".glb", ".gltf"):
-            plain, notes = read_plain_glb(path, data)
-            scene = trimesh.load_scene(io.BytesIO(plain), file_type="glb", process=False)
-        elif suffix == ".obj":
-            scene = read_obj(path, data)
-        else:
-            scene = read_ply(path, data)
-    except MeshError:
-        raise
-    except Exception as error:  # trimesh raises anything at all on broken files
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        budget.file_bytes(len(data))
+        # damaged numbers overflow quietly here and are found as NaN or infinity afterwards
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+            parts = _READERS[path.suffix.lower()](path, data, budget)
+            digest = hashlib.sha256(data).hexdigest()
+            return normalized(path.stem, parts, where=str(path), file=path.name, sha256=digest)
+    except MeshError as error:
+        # names in a file may hold line breaks, terminal commands, or pages of text
+        raise MeshError(_one_line(str(error), len(str(path)))) from error
+    except MemoryError as error:
         raise MeshError(
-            f"{path}: trimesh cannot read it ({reason}); the file is damaged or not really {suffix}"
+            f"{path}: needs more memory than there is; simplify it or give more memory"
         ) from error
-    return scene_parts(path, scene, notes)
+
+
+_READERS = {".glb": read_gltf, ".gltf": read_gltf, ".obj": read_obj, ".ply": read_ply}
+
+
+def _one_line(message: str, longer: int) -> str:
+    clean = "".join(c if c.isprintable() else " " for c in message)
+    most = 600 + longer
+    return clean if len(clean) <= most else f"{clean[:most]} …"
 
 
 def normalized(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from equifeat.errors import MeshError
 
 Array = NDArray[Any]
 AlphaMode = Literal["OPAQUE", "MASK", "BLEND"]
@@ -101,3 +104,40 @@ class Mesh:
     def num_faces(self) -> int:
         """Number of triangles."""
         return sum(len(p.faces) for p in self.primitives)
+
+
+def shifted_uv(where: str | Path, uv: Array, wrap: tuple[Wrap, Wrap]) -> Array:
+    """Move texture coordinates near 0, where float32 is exact.
+
+    Args:
+        where: For the message.
+        uv: (V, 2) float64.
+        wrap: Where a coordinate is clamped it stays; else a whole even shift changes nothing.
+
+    Returns:
+        (V, 2) float32.
+
+    Raises:
+        MeshError: They are NaN or infinite.
+    """
+    if not np.isfinite(uv).all():
+        raise MeshError(f"{where}: texture coordinates are NaN or infinite; repair the file")
+    low = uv.min(axis=0) if len(uv) else np.zeros(2)
+    shift = np.where([w == "clamp" for w in wrap], 0.0, 2.0 * np.floor(low / 2.0))
+    out: Array = (uv - shift).astype(np.float32)
+    if not np.isfinite(out).all():
+        raise MeshError(f"{where}: texture coordinates are too large; repair the file")
+    return out
+
+
+def srgb_from_linear(linear: Array) -> Array:
+    """Encode linear light as sRGB (IEC 61966-2-1).
+
+    Args:
+        linear: Values, clipped to [0, 1].
+
+    Returns:
+        The same shape, in [0, 1].
+    """
+    x = np.clip(linear, 0.0, 1.0)
+    return np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 import sys
@@ -108,16 +107,10 @@ def required_unknown() -> Glb:
     return glb
 
 
-def basisu() -> Glb:
-    glb = tetra()
-    glb.header["extensionsRequired"] = ["KHR_texture_basisu"]
-    return glb
-
-
-def basisu_optional() -> Glb:
+def texture_of_unknown_kind() -> Glb:
     glb, primitive = quad()
     primitive["material"] = glb.material(glb.texture(np.zeros((2, 2, 3))))
-    glb.header["textures"] = [{"extensions": {"KHR_texture_basisu": {"source": 0}}}]
+    glb.header["textures"] = [{"extensions": {"MSFT_texture_dds": {"source": 0}}}]
     return glb
 
 
@@ -200,7 +193,7 @@ def escape_by_image() -> Glb:
         (flat_point, "bounding box has no size"),
         (lying_count, "claims 4000 elements"),
         (view_leaves_buffer, "buffer view 0 ends at byte 1000000"),
-        (negative_offset, "buffer view 0"),
+        (negative_offset, "byteOffset is -4, which cannot be"),
         (short_buffer, "buffer 0 has .* of its 1000000 bytes"),
         (index_beyond, "uses vertex 9 of 4"),
         (not_triangles, "4 indices do not make triangles"),
@@ -208,8 +201,7 @@ def escape_by_image() -> Glb:
         (missing_node, "damaged"),
         (empty, "scene is empty"),
         (required_unknown, "ACME_teapot"),
-        (basisu, "KTX2"),
-        (basisu_optional, "KHR_texture_basisu"),
+        (texture_of_unknown_kind, "stored as MSFT_texture_dds, which cannot be read"),
         (draco_without_data, "accessor 0 has no data"),
         (draco_garbage, "Draco data"),
         (meshopt_garbage, "meshopt data is damaged"),
@@ -232,19 +224,6 @@ def test_truncated_glb(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "cut.glb"
     path.write_bytes(tetra().bytes()[:cut])
     fails(path, "truncated|empty|is not a GLB")
-
-
-def test_every_prefix_and_random_damage_is_a_mesh_error(tmp_path: Path) -> None:
-    """Fuzzing: no byte flip may end in anything but a mesh or a MeshError."""
-    whole, path = tetra().bytes(), tmp_path / "fuzz.glb"
-    rng = np.random.default_rng(3)
-    for _ in range(150):
-        data = bytearray(whole)
-        for at in rng.integers(0, len(data), 3):
-            data[at] = rng.integers(256)
-        path.write_bytes(bytes(data))
-        with contextlib.suppress(MeshError):
-            load_mesh(path)
 
 
 def test_missing_unknown_and_wrong_files(tmp_path: Path) -> None:
@@ -330,11 +309,13 @@ def test_bad_obj_and_ply(tmp_path: Path) -> None:
             "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\n"
             "property float z\nelement face 1\nproperty list uchar int vertex_indices\n"
             "end_header\n0 0 0\n1 0 0\n",
-            "read|damaged",  # whichever of us and trimesh sees it first
+            "declares 3 elements of kind vertex and holds 2",
         ),
         "texture.ply": (
             "ply\nformat ascii 1.0\ncomment TextureFile ../a.png\nelement vertex 3\n"
-            "element face 1\nend_header\n",
+            "property float x\nproperty float y\nproperty float z\nproperty float s\n"
+            "property float t\nelement face 1\nproperty list uchar int vertex_indices\n"
+            "end_header\n0 0 0 0 0\n1 0 0 1 0\n0 1 0 0 1\n3 0 1 2\n",
             "outside",
         ),
     }
