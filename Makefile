@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-cycles lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/equifeat demo --out demo_out
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# bpy pins its own NumPy and Python, so it lives in an environment of its own: docs/renderers.md.
+CYCLES_PYTHON ?= $(HOME)/.local/share/equifeat/cycles/bin/python
+test-cycles: $(VENV)/.installed-dev
+	EQUIFEAT_CYCLES_PYTHON=$(CYCLES_PYTHON) $(BIN)/python -m pytest tests/data_prep/test_cycles.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

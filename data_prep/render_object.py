@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.backgrounds import compose
 from data_prep.coverage import CoverageCheck
+from data_prep.limits import MeshLimits
 from data_prep.mesh import Mesh, load_mesh
+from data_prep.randomize import SceneOptions, draw_scene
 from data_prep.renderers import Renderer, RendererName, open_renderer
+from data_prep.renderers.cycles import CyclesOptions
+from data_prep.stopwatch import Stopwatch
 from data_prep.view_folder import ViewFolderWriter, depth_step, finished_record
 from data_prep.viewpoints import ViewpointOptions, Viewpoints, make_viewpoints
 from equifeat.errors import RenderError
@@ -26,12 +31,18 @@ class RenderOptions:
         viewpoints: Where the cameras stand.
         normals: Whether to write normal maps as well.
         overwrite: Whether to render finished objects again.
+        scene: Light and background.
+        cycles: Settings of the path tracer, unused by the other renderers.
+        limits: Which meshes are too large; changes no picture, so it is not recorded.
     """
 
     size: int = 512
     viewpoints: ViewpointOptions = field(default_factory=ViewpointOptions)
     normals: bool = False
     overwrite: bool = False
+    scene: SceneOptions = field(default_factory=SceneOptions)
+    cycles: CyclesOptions = field(default_factory=CyclesOptions)
+    limits: MeshLimits = field(default_factory=MeshLimits)
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 8192:
@@ -41,7 +52,11 @@ class RenderOptions:
         """Return what goes to views.json: everything that changes the pictures."""
         points = dataclasses.asdict(self.viewpoints)
         points["elevation"] = list(points["elevation"])
-        return {"size": self.size, "normals": self.normals, **points}
+        scene = self.scene.record()
+        record = {"size": self.size, "normals": self.normals, **points, "scene": scene}
+        if self.cycles.record() != CyclesOptions().record():
+            record["cycles"] = self.cycles.record()
+        return record
 
 
 def render_object(
@@ -55,8 +70,8 @@ def render_object(
     Args:
         mesh: A mesh, or a file to load.
         out_dir: The parent of the object's folder.
-        options: Size, viewpoints, normals, overwrite.
-        renderer: "auto", "pyrender" or "embree".
+        options: Size, viewpoints, light, background and so on.
+        renderer: "auto", "pyrender", "embree" or "cycles".
 
     Returns:
         The object's folder. A finished one of the same source and options is left as it is.
@@ -69,21 +84,29 @@ def render_object(
 
 
 def render_or_skip(
-    mesh: Mesh | str | Path, out_dir: Path, options: RenderOptions, renderer: RendererName
+    mesh: Mesh | str | Path,
+    out_dir: Path,
+    options: RenderOptions,
+    renderer: RendererName,
+    name: str | None = None,
+    watch: Stopwatch | None = None,
 ) -> tuple[Path, bool]:
     """Do what :func:`render_object` does and tell whether there was anything to do.
 
     Args:
         mesh: A mesh, or a file to load.
         out_dir: The parent of the object's folder.
-        options: Size, viewpoints, normals, overwrite.
-        renderer: "auto", "pyrender" or "embree".
+        options: Size, viewpoints, light, background and so on.
+        renderer: "auto", "pyrender", "embree" or "cycles".
+        name: The object's name and its folder below out_dir, with slashes; by default the mesh's.
+        watch: Gets the time spent on encoding and writing.
 
     Returns:
         The object's folder and whether it was rendered now.
     """
-    mesh = mesh if isinstance(mesh, Mesh) else load_mesh(mesh)
-    folder = out_dir / mesh.name
+    mesh = mesh if isinstance(mesh, Mesh) else load_mesh(mesh, options.limits)
+    name = name or mesh.name
+    folder = out_dir / name
     if not options.overwrite:
         record = finished_record(folder)
         if record is not None:
@@ -94,23 +117,31 @@ def render_or_skip(
     size_hw = (options.size, options.size)
     views = make_viewpoints(options.viewpoints, size_hw)
     check = CoverageCheck(mesh)
-    opened = open_renderer(renderer, mesh)
+    opened = open_renderer(renderer, mesh, options.cycles)
+    scenes = []
     try:
-        with ViewFolderWriter(folder, depth_step(_max_depth(mesh, views))) as writer:
+        step = depth_step(_max_depth(mesh, views))
+        with ViewFolderWriter(folder, step, out_dir, watch) as writer:
             for i in range(options.viewpoints.count):
                 K, pose = views.K[i].numpy(), views.cam_from_world[i].numpy()
-                view = opened.render(K, pose, size_hw, options.normals)
+                scene = draw_scene(options.scene, name, i, size_hw)
+                view = opened.render(K, pose, size_hw, options.normals, scene.lights)
                 check(K, pose, view.depth, f"{mesh.file or mesh.name}, view {i}")
-                writer.add(view, K, pose)
-            writer.finish(_record(mesh, options, opened))
+                writer.add(compose(view, scene.background), K, pose)
+                scenes.append(scene.record)
+            record = _record(mesh, name, options, opened)
+            # with the fixed light over black there is nothing to tell
+            if options.scene != SceneOptions(seed=options.scene.seed):
+                record["scenes"] = scenes
+            writer.finish(record)
     finally:
         opened.close()
     return folder, True
 
 
-def _record(mesh: Mesh, options: RenderOptions, renderer: Renderer) -> dict[str, Any]:
+def _record(mesh: Mesh, name: str, options: RenderOptions, renderer: Renderer) -> dict[str, Any]:
     return {
-        "object": mesh.name,
+        "object": name,
         "size_hw": [options.size, options.size],
         "object_scale": mesh.scale,
         "object_center": [float(x) for x in mesh.center],
@@ -118,6 +149,7 @@ def _record(mesh: Mesh, options: RenderOptions, renderer: Renderer) -> dict[str,
             "name": renderer.name,
             "version": renderer.version,
             "device": renderer.device,
+            **renderer.details,
         },
         "source": {"file": mesh.file, "sha256": mesh.sha256},
         "options": options.record(),
@@ -133,7 +165,11 @@ def _check_same(
 ) -> None:
     """Refuse to take a finished folder for something it is not."""
     wanted, found = options.record(), record.get("options", {})
-    differ = [k for k in wanted if wanted[k] != found.get(k)]
+    # folders of earlier versions lack what these did not know, and were rendered by its defaults
+    default = RenderOptions().record()
+    differ = [
+        key for key in {**wanted, **found} if wanted.get(key) != found.get(key, default.get(key))
+    ]
     if record.get("source", {}).get("sha256") != mesh.sha256:
         differ.append("source file")
     if renderer != "auto" and record.get("renderer", {}).get("name") != renderer:

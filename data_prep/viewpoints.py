@@ -37,6 +37,9 @@ class ViewpointOptions:
         roll_jitter: Roll about the optical axis in degrees.
         look_at_jitter: Shift of the point looked at, in object units along each axis.
         focal_jitter: Relative change of the focal length, 0 to below 1.
+        distance_jitter: Relative change of the distance, 0 to below 1.
+        angle_jitter: Turn of the camera's position about the object in degrees, in any direction;
+            it may leave the range of elevations by as much.
         seed: Seed of the jitters; view i depends on (seed, i) only.
     """
 
@@ -47,6 +50,8 @@ class ViewpointOptions:
     roll_jitter: float = 0.0
     look_at_jitter: float = 0.0
     focal_jitter: float = 0.0
+    distance_jitter: float = 0.0
+    angle_jitter: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +83,19 @@ class ViewpointOptions:
                 0.0 <= self.look_at_jitter <= 0.5,
                 f"look_at_jitter = {self.look_at_jitter}: give 0 to 0.5 object units",
             ),
+            (
+                0.0 <= self.distance_jitter < 1.0,
+                f"distance_jitter = {self.distance_jitter}: give 0 to below 1",
+            ),
+            (
+                self.distance * (1.0 - self.distance_jitter) > 0.9,
+                f"distance_jitter = {self.distance_jitter} at distance = {self.distance}: the "
+                "camera must stay more than 0.9 from the object's centre",
+            ),
+            (
+                0.0 <= self.angle_jitter <= 45.0,
+                f"angle_jitter = {self.angle_jitter}: give 0 to 45 degrees",
+            ),
             (self.seed >= 0, f"seed = {self.seed}: give a number from 0"),
         ]
         for ok, message in checks:
@@ -107,7 +125,7 @@ def make_viewpoints(options: ViewpointOptions, size_hw: tuple[int, int]) -> View
     Returns:
         Intrinsics and poses, one a view.
     """
-    eyes = torch.from_numpy(_directions(options)) * options.distance
+    eyes = torch.from_numpy(_eyes(options))
     jitter = np.stack(
         [numpy_generator(options.seed, i).uniform(-1.0, 1.0, size=5) for i in range(options.count)]
     )
@@ -134,6 +152,29 @@ def _intrinsics(
     K[:, 0, 0] = K[:, 1, 1] = focal * (1.0 + torch.from_numpy(jitter * options.focal_jitter))
     K[:, 0, 2], K[:, 1, 2], K[:, 2, 2] = w / 2, h / 2, 1.0
     return K
+
+
+def _eyes(options: ViewpointOptions) -> Array:
+    """Return (V, 3) camera positions, moved by their jitters."""
+    directions = _directions(options)
+    if not (options.distance_jitter or options.angle_jitter):
+        return directions * options.distance
+    # a stream of their own: the older jitters keep their values
+    draws = np.stack(
+        [
+            numpy_generator(options.seed, i, 1).uniform(-1.0, 1.0, size=3)
+            for i in range(len(directions))
+        ]
+    )
+    helper = np.where(np.abs(directions[:, 1:2]) < 0.9, [[0.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]])
+    across = np.cross(directions, helper)
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    turn = draws[:, :1] * math.pi
+    tangent = np.cos(turn) * across + np.sin(turn) * np.cross(directions, across)
+    angle = np.deg2rad(draws[:, 1:2] * options.angle_jitter)
+    moved = np.cos(angle) * directions + np.sin(angle) * tangent
+    out: Array = moved * options.distance * (1.0 + draws[:, 2:] * options.distance_jitter)
+    return out
 
 
 def _directions(options: ViewpointOptions) -> Array:

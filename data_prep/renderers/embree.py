@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from data_prep.mesh import Mesh
 from data_prep.renderers import Rendered
-from data_prep.renderers.shading import TextureBank, shade
+from data_prep.renderers.lights import FIXED_LIGHT, Lights, shade
+from data_prep.renderers.shading import TextureBank
 from data_prep.renderers.window import projected_window
 from equifeat.errors import MissingExtraError
 
@@ -61,6 +62,7 @@ class EmbreeRenderer:
             from embreex.rtcore_scene import EmbreeScene
         except ImportError as error:
             raise MissingExtraError("embreex", "render", "Ray casting") from error
+        self.details: dict[str, Any] = {}
         self.version = importlib.metadata.version("embreex")
         offsets = np.cumsum([0] + [len(p.vertices) for p in mesh.primitives])
         faces = np.concatenate(
@@ -95,7 +97,12 @@ class EmbreeRenderer:
         self._scene = None
 
     def render(
-        self, K: Array, cam_from_world: Array, size_hw: tuple[int, int], normals: bool = False
+        self,
+        K: Array,
+        cam_from_world: Array,
+        size_hw: tuple[int, int],
+        normals: bool = False,
+        lights: Lights = FIXED_LIGHT,
     ) -> Rendered:
         """See :class:`data_prep.renderers.Renderer`."""
         h, w = size_hw
@@ -103,33 +110,39 @@ class EmbreeRenderer:
         x0, y0, x1, y1 = projected_window(self._vertices, K, pose, size_hw)
         depth = np.zeros((h, w), np.float32)
         color = np.zeros((h, w, 3), np.uint8)
+        coverage = np.zeros((h, w), np.uint8)
         normal_map = np.zeros((h, w, 3), np.float32) if normals else None
         if x1 <= x0 or y1 <= y0:
-            return Rendered(color, depth, depth > 0, normal_map)
+            return Rendered(color, depth, depth > 0, normal_map, coverage)
         rows, columns = np.mgrid[y0:y1, x0:x1]
         centers = np.stack([columns, rows], axis=-1).reshape(-1, 2) + 0.5
         hits = self._cast(K, pose, centers)
-        rgb, normal = self._shade(K, pose, centers, hits, 0.0)
+        rgb, normal = self._shade(K, pose, centers, hits, 0.0, lights)
         shape = (y1 - y0, x1 - x0)
         flat_depth = np.zeros(len(centers), np.float32)
         flat_depth[hits.ray] = hits.depth
         flat_color = np.zeros((len(centers), 3), np.float32)
         flat_color[hits.ray] = rgb
+        flat_coverage = np.zeros(len(centers), np.float32)
+        flat_coverage[hits.ray] = 1.0
         edges = self._edges(hits, normal, flat_depth, shape)
         for offset in _EXTRA:
             points = centers[edges] + offset
             extra = self._cast(K, pose, points)
             # a fifth of the pixel's area each: one mip level sharper
-            rgb, _ = self._shade(K, pose, points, extra, -1.0)
+            rgb, _ = self._shade(K, pose, points, extra, -1.0, lights)
             flat_color[edges[extra.ray]] += rgb
+            flat_coverage[edges[extra.ray]] += 1.0
         flat_color[edges] /= len(_EXTRA) + 1
+        flat_coverage[edges] /= len(_EXTRA) + 1
         depth[y0:y1, x0:x1] = flat_depth.reshape(shape)
         color[y0:y1, x0:x1] = (flat_color.clip(0, 255) + 0.5).astype(np.uint8).reshape(*shape, 3)
+        coverage[y0:y1, x0:x1] = (flat_coverage * 255 + 0.5).astype(np.uint8).reshape(shape)
         if normal_map is not None:
             flat_normal = np.zeros((len(centers), 3), np.float32)
             flat_normal[hits.ray] = normal @ pose[:3, :3].T
             normal_map[y0:y1, x0:x1] = flat_normal.reshape(*shape, 3)
-        return Rendered(color, depth, depth > 0, normal_map)
+        return Rendered(color, depth, depth > 0, normal_map, coverage)
 
     def _cast(self, K: Array, pose: Array, xy: Array) -> _Hits:
         """Find the first point that is not see-through on the rays through pixels xy."""
@@ -203,7 +216,7 @@ class EmbreeRenderer:
         return hidden
 
     def _shade(
-        self, K: Array, pose: Array, xy: Array, hits: _Hits, bias: float
+        self, K: Array, pose: Array, xy: Array, hits: _Hits, bias: float, lights: Lights
     ) -> tuple[Array, Array]:
         """Return (N, 3) colours in [0, 255] and (N, 3) world normals that face the camera."""
         face, bary, part = hits.face, hits.bary, self._part[hits.face]
@@ -227,7 +240,9 @@ class EmbreeRenderer:
         albedo = texel[:, :3] * self._factor[part, :3]
         if self._colors is not None:
             albedo *= _mix(self._colors, face, bary)[:, :3]
-        return shade(albedo, normal, to_camera), normal
+        eye = (-pose[:3, :3].T @ pose[:3, 3]).astype(np.float32)
+        points = eye + ray * hits.depth[:, None].astype(np.float32)
+        return shade(albedo, normal, to_camera, points, lights), normal
 
     def _edges(self, hits: _Hits, normal: Array, depth: Array, shape: tuple[int, int]) -> Array:
         """Return the pixels whose neighbourhood is not one smooth surface of one material."""

@@ -1,8 +1,8 @@
-"""GLSL of the pyrender renderer: the same light and alpha policy as shading.py and mesh.py."""
+"""GLSL of the pyrender renderer: the same light and alpha policy as lights.py and primitives.py."""
 
 from __future__ import annotations
 
-from data_prep.renderers.shading import KEY_LIGHT, SHADE
+from data_prep.renderers.lights import MAX_LIGHTS
 
 VERTEX = """#version 330 core
 layout(location = 0) in vec3 position;
@@ -39,8 +39,12 @@ uniform mat4 V;
 uniform vec3 cam_pos;
 uniform float cutoff;
 uniform bool show_normals;
+uniform vec3 ambient;
+uniform vec3 head;
+uniform int num_lights;
+uniform vec4 light_places[{MAX_LIGHTS}];
+uniform vec3 light_colors[{MAX_LIGHTS}];
 out vec4 frag_color;
-const vec3 key = vec3{KEY_LIGHT!r};
 void main() {{
     vec3 side = cross(dFdx(at), dFdy(at));
     vec4 texel = texture(material.base_color_texture, uv);
@@ -54,8 +58,13 @@ void main() {{
         frag_color = vec4(vec3(local.x, -local.y, -local.z) * 0.5 + 0.5, 1.0);
         return;
     }}
-    float light = {SHADE[0]} + {SHADE[1]} * (0.5 + 0.5 * dot(n, key));
-    light += {SHADE[2]} * clamp(dot(n, view), 0.0, 1.0);
+    vec3 light = ambient;
+    for (int i = 0; i < num_lights; ++i) {{
+        vec4 place = light_places[i];
+        vec3 ray = place.w == 0.0 ? place.xyz : normalize(place.xyz - at);
+        light += light_colors[i] * (0.5 + 0.5 * dot(n, ray));
+    }}
+    light += head * clamp(dot(n, view), 0.0, 1.0);
     frag_color = vec4(texel.rgb * material.base_color_factor.rgb * tint.rgb * light, 1.0);
 }}
 """

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from data_prep.mesh import Mesh, Primitive
 from data_prep.renderers import Rendered
+from data_prep.renderers.lights import FIXED_LIGHT, Lights
 from data_prep.renderers.window import projected_window
 from equifeat.errors import RenderError
 
@@ -86,6 +87,7 @@ class PyrenderRenderer:
 
         self._context = _context()
         self.device = str(self._context.device)
+        self.details: dict[str, Any] = {}
         self.version = importlib.metadata.version("pyrender")
         self._vertices = mesh.vertices.astype(np.float64)
         self._scene = pyrender.Scene(bg_color=[0.0, 0.0, 0.0, 0.0])
@@ -100,16 +102,21 @@ class PyrenderRenderer:
         self._context.free()
 
     def render(
-        self, K: Array, cam_from_world: Array, size_hw: tuple[int, int], normals: bool = False
+        self,
+        K: Array,
+        cam_from_world: Array,
+        size_hw: tuple[int, int],
+        normals: bool = False,
+        lights: Lights = FIXED_LIGHT,
     ) -> Rendered:
         """See :class:`data_prep.renderers.Renderer`."""
         K, pose = np.asarray(K, np.float64), np.asarray(cam_from_world, np.float64)
-        color = np.zeros((*size_hw, 3), np.uint8)
+        color = np.zeros((*size_hw, 4), np.uint8)
         depth = np.zeros(size_hw, np.float32)
         normal_map = np.zeros((*size_hw, 3), np.float32) if normals else None
         x0, y0, x1, y1 = projected_window(self._vertices, K, pose, size_hw)
         if x1 <= x0 or y1 <= y0:
-            return Rendered(color, depth, depth > 0, normal_map)
+            return _rendered(color, depth, normal_map)
         near, far = self._planes(pose)
         world_from_gl = np.linalg.inv(pose) @ np.diag([1.0, -1.0, -1.0, 1.0])
         self._scene.set_pose(self._camera, world_from_gl)
@@ -119,20 +126,20 @@ class PyrenderRenderer:
         camera.znear, camera.zfar = near, far
         inside = (slice(y0, y1), slice(x0, x1))
         big_hw = ((y1 - y0) * _SAMPLES, (x1 - x0) * _SAMPLES)
-        pixels, buffer = self._context.draw(self._scene, big_hw, False)
-        color[inside] = _box_filter(pixels[..., :3])
+        pixels, buffer = self._context.draw(self._scene, big_hw, lights)
+        color[inside] = _box_filter(pixels)
         # the middle one of the samples is the pixel's centre
         buffer = buffer[_SAMPLES // 2 :: _SAMPLES, _SAMPLES // 2 :: _SAMPLES].astype(np.float64)
         solid = buffer < 1.0
         z = near * far / (far - buffer * (far - near))
         depth[inside] = np.where(solid, z, 0.0)
         if normal_map is not None:
-            pixels, _ = self._context.draw(self._scene, big_hw, True)
+            pixels, _ = self._context.draw(self._scene, big_hw, None)
             middle = pixels[_SAMPLES // 2 :: _SAMPLES, _SAMPLES // 2 :: _SAMPLES, :3]
             encoded = middle.astype(np.float32) / 127.5 - 1.0
             length = np.linalg.norm(encoded, axis=2, keepdims=True)
             normal_map[inside] = np.where(solid[..., None], encoded / length.clip(1e-6), 0.0)
-        return Rendered(color, depth, depth > 0, normal_map)
+        return _rendered(color, depth, normal_map)
 
     def _planes(self, pose: Array) -> tuple[float, float]:
         """Return near and far just around the object: 24 bits then resolve 1e-7 of it."""
@@ -141,10 +148,15 @@ class PyrenderRenderer:
         return near, max(float(z.max()) + 1e-3, near + 1e-2)
 
 
+def _rendered(rgba: Array, depth: Array, normals: Array | None) -> Rendered:
+    rgb, coverage = np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
+    return Rendered(rgb, depth, depth > 0, normals, coverage)
+
+
 def _box_filter(samples: Array) -> Array:
     """Average blocks of samples to pixels."""
     h, w = samples.shape[0] // _SAMPLES, samples.shape[1] // _SAMPLES
-    total = np.zeros((h, w, 3), np.uint16)
+    total = np.zeros((h, w, 4), np.uint16)
     for i in range(_SAMPLES):
         for j in range(_SAMPLES):
             total += samples[i::_SAMPLES, j::_SAMPLES]

@@ -19,6 +19,7 @@ from pyrender.renderer import Renderer
 from pyrender.shader_program import ShaderProgram
 
 from data_prep.renderers.glsl import FRAGMENT, VERTEX
+from data_prep.renderers.lights import FIXED_LIGHT, Lights
 
 _FLAGS = RenderFlags.RGBA | RenderFlags.SKIP_CULL_FACES | RenderFlags.OFFSCREEN
 
@@ -38,7 +39,7 @@ class _Renderer(Renderer):  # type: ignore[misc]
         self._main_fb: Any = None
         self._main_fb_dims: tuple[Any, Any] = (None, None)
         self.program = _Program(VERTEX, FRAGMENT)
-        self.show_normals = False
+        self.lights: Lights | None = FIXED_LIGHT
 
     def _configure_main_framebuffer(self) -> None:
         """Keep one framebuffer as large as the largest picture so far."""
@@ -79,7 +80,16 @@ class _Renderer(Renderer):  # type: ignore[misc]
 
     def _bind_and_draw_primitive(self, primitive: Any, pose: Any, program: Any, flags: int) -> None:
         program.set_uniform("cutoff", float(primitive.cutoff))
-        program.set_uniform("show_normals", self.show_normals)
+        program.set_uniform("show_normals", self.lights is None)
+        if self.lights is not None:
+            program.set_uniform("ambient", self.lights.ambient)
+            program.set_uniform("head", self.lights.head)
+            program.set_uniform("num_lights", len(self.lights.places))
+            for i, (place, color) in enumerate(
+                zip(self.lights.places, self.lights.colors, strict=True)
+            ):
+                program.set_uniform(f"light_places[{i}]", place)
+                program.set_uniform(f"light_colors[{i}]", color)
         super()._bind_and_draw_primitive(primitive, pose, program, flags)
 
     def _read_main_framebuffer(self, scene: Any, flags: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -104,14 +114,14 @@ class Context:
         self.device = GL.glGetString(GL.GL_RENDERER).decode()
 
     def draw(
-        self, scene: Any, size_hw: tuple[int, int], show_normals: bool
+        self, scene: Any, size_hw: tuple[int, int], lights: Lights | None
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Draw a scene.
 
         Args:
             scene: A pyrender scene with a camera.
             size_hw: Size of the picture.
-            show_normals: Whether to draw normals instead of colour.
+            lights: The light; None draws normals instead of colour.
 
         Returns:
             (H, W, 4) uint8 and (H, W) float32 window depth in [0, 1] with 1 for the background;
@@ -119,7 +129,7 @@ class Context:
         """
         self._platform.make_current()
         self._renderer.viewport_height, self._renderer.viewport_width = size_hw
-        self._renderer.show_normals = show_normals
+        self._renderer.lights = lights
         color, depth = self._renderer.render(scene, _FLAGS)
         return color, depth
 

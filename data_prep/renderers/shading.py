@@ -1,8 +1,4 @@
-"""Colour of surface points, in NumPy: mipmapped textures, vertex colours and one light model.
-
-The light model is shared by both renderers: :data:`KEY_LIGHT` and :data:`SHADE` also go into the
-GLSL source of the pyrender one.
-"""
+"""Textures in NumPy: mip levels, bilinear and trilinear sampling, wrap modes."""
 
 from __future__ import annotations
 
@@ -15,10 +11,6 @@ from data_prep.mesh import Mesh
 
 Array = NDArray[Any]
 
-# Shade = ambient + key * (0.5 + 0.5 n·l) + head * n·v, all in sRGB values. The key light stands
-# still in the world, so that a surface looks alike from everywhere; n is turned to the camera.
-KEY_LIGHT = tuple(float(x) for x in np.array([0.35, 0.8, 0.5]) / np.linalg.norm([0.35, 0.8, 0.5]))
-SHADE = (0.45, 0.40, 0.15)
 _MODES = {"repeat": 0, "mirror": 1, "clamp": 2}
 
 
@@ -136,22 +128,3 @@ def _mip_chain(image: Array) -> list[Array]:
         total = cut.sum(axis=(1, 3), dtype=np.uint16)
         chain.append(((total + fx * fy // 2) // (fx * fy)).astype(np.uint8))
     return chain
-
-
-def shade(albedo: Array, normals: Array, to_camera: Array) -> Array:
-    """Light surface points.
-
-    Args:
-        albedo: (N, 3) sRGB values of any range.
-        normals: (N, 3) unit world normals, turned to the camera.
-        to_camera: (N, 3) unit vectors to the camera.
-
-    Returns:
-        (N, 3) lit values, never above the albedo.
-    """
-    ambient, key, head = SHADE
-    light = np.asarray(KEY_LIGHT, dtype=normals.dtype)
-    facing = np.einsum("nc,nc->n", normals, to_camera).clip(0.0, 1.0)
-    value = ambient + key * (0.5 + 0.5 * (normals @ light)) + head * facing
-    out: Array = albedo * value[:, None]
-    return out

@@ -89,11 +89,35 @@ def test_jitters_stay_in_their_range_and_depend_on_the_seed_only() -> None:
     assert 20.0 < float(turn.max()) <= 30.0 + 1e-6
 
 
+def test_distance_and_angle_jitter_move_the_camera_and_nothing_else() -> None:
+    plain = make_viewpoints(ViewpointOptions(roll_jitter=5.0), SIZE)
+    options = ViewpointOptions(roll_jitter=5.0, distance_jitter=0.3, angle_jitter=10.0, seed=0)
+    K, poses = make_viewpoints(options, SIZE)
+    torch.testing.assert_close(K, plain.K, rtol=0, atol=0)
+    before, after = eyes(plain.cam_from_world), eyes(poses)
+    ratio = after.norm(dim=-1) / 2.0
+    assert 0.7 <= float(ratio.min()) < 0.8
+    assert 1.2 < float(ratio.max()) <= 1.3
+    cosine = torch.nn.functional.cosine_similarity(before, after)
+    angle = torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+    assert 8.0 < float(angle.max()) <= 10.0 + 1e-6
+    # in every direction: up and down, and to both sides
+    moved = (after / after.norm(dim=-1, keepdim=True) - before / 2.0)[:, 1]
+    assert 10 < int((moved > 0).sum()) < 32
+    # still looking at the origin, with the same roll as before
+    torch.testing.assert_close(poses[:, :2, 3], torch.zeros(42, 2).double())
+    one = make_viewpoints(dataclasses.replace(options, angle_jitter=0.0), SIZE)
+    torch.testing.assert_close(eyes(one.cam_from_world).norm(dim=-1), after.norm(dim=-1))
+
+
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
         ({"count": 0}, "views"),
         ({"distance": 0.5}, "distance"),
+        ({"distance_jitter": 1.0}, "distance_jitter"),
+        ({"distance_jitter": 0.6}, "distance_jitter = 0.6 at distance = 2.0"),
+        ({"angle_jitter": 50.0}, "angle_jitter"),
         ({"distance": float("nan")}, "distance"),
         ({"elevation": (50.0, 10.0)}, "elevation"),
         ({"fov": 200.0}, "fov"),
