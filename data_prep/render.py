@@ -1,152 +1,54 @@
-"""Many meshes to folders of views, and the `equifeat render` command."""
+"""The `equifeat render` command, and the names that Python callers need."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from data_prep.mesh import SUFFIXES
-from data_prep.render_object import RenderOptions, render_object, render_or_skip
-from data_prep.render_summary import ObjectReport, RenderSummary, Status
-from data_prep.renderers import RendererName, choose_renderer
+from data_prep.farm import EngineName, FarmOptions
+from data_prep.limits import MeshLimits
+from data_prep.mesh_files import find_objects
+from data_prep.randomize import LightMode, SceneOptions
+from data_prep.render_many import open_run, render_many
+from data_prep.render_object import RenderOptions, render_object
+from data_prep.render_summary import ObjectReport, RenderSummary
+from data_prep.renderers import RendererName
+from data_prep.renderers.cycles import CyclesOptions
 from data_prep.viewpoints import ViewpointOptions
-from equifeat.errors import EquifeatError, MeshError, RenderError
+from equifeat.errors import RenderError
+from equifeat.progress import progress
 
 __all__ = [
+    "FarmOptions",
     "ObjectReport",
     "RenderOptions",
     "RenderSummary",
+    "SceneOptions",
     "ViewpointOptions",
     "find_meshes",
+    "find_objects",
     "render_command",
     "render_many",
     "render_object",
 ]
 
 
-def render_many(
-    paths: Sequence[str | Path],
-    out_dir: str | Path,
-    options: RenderOptions | None = None,
-    renderer: RendererName = "auto",
-    progress: Callable[[ObjectReport], None] | None = None,
-    workers: int = 1,
-) -> RenderSummary:
-    """Render many files; one that fails does not stop the others.
+def find_meshes(paths: Sequence[str | Path]) -> list[Path]:
+    """Expand files, folders, patterns and lists to mesh files.
 
     Args:
-        paths: Mesh files.
-        out_dir: The parent of the objects' folders.
-        options: Size, viewpoints, normals, overwrite.
-        renderer: "auto", "pyrender" or "embree"; decided once for all objects.
-        progress: Called after each object.
-        workers: Processes; 1 renders in this one.
+        paths: See :func:`data_prep.mesh_files.find_objects`.
 
     Returns:
-        A summary with one report an object.
+        Files, in the order given; those of a folder are sorted.
 
     Raises:
-        RenderError: No renderer works here, or two meshes would share a folder.
+        MeshError: A path does not exist, or holds no mesh.
     """
-    files = [Path(p) for p in paths]
-    _check_names(files)
-    options = options or RenderOptions()
-    if workers < 1:
-        raise RenderError(f"workers = {workers}: give at least 1")
-    choice = choose_renderer(renderer)
-    summary = RenderSummary(renderer=choice.name, reason=choice.reason)
-    start = time.perf_counter()
-    for report in _reports(files, Path(out_dir), options, renderer, workers):
-        summary.reports.append(report)
-        if progress is not None:
-            progress(report)
-    summary.seconds = time.perf_counter() - start
-    return summary
-
-
-def _check_names(files: list[Path]) -> None:
-    seen: dict[str, Path] = {}
-    for file in files:
-        other = seen.setdefault(file.stem, file)
-        if other is not file:
-            raise RenderError(f"{other} and {file} would both be written to {file.stem!r}")
-
-
-def _reports(
-    files: list[Path], out: Path, options: RenderOptions, renderer: RendererName, workers: int
-) -> Iterator[ObjectReport]:
-    if workers == 1:
-        yield from (_report(file, out, options, renderer) for file in files)
-        return
-    # spawn: a forked GL context does not work
-    spawn = get_context("spawn")
-    left = set(files)
-    try:
-        with ProcessPoolExecutor(min(workers, len(files) or 1), mp_context=spawn) as pool:
-            futures = {pool.submit(_report, f, out, options, renderer): f for f in files}
-            for future in as_completed(futures):
-                report = future.result()
-                left.discard(futures[future])
-                yield report
-    except BrokenProcessPool:
-        pass
-    # a driver that crashes takes the pool with it: find the object that does it, one by one
-    for file in [f for f in files if f in left]:
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            try:
-                report = pool.submit(_report, file, out, options, renderer).result()
-            except BrokenProcessPool:
-                error = f"{file}: the renderer's process crashed; try --renderer embree"
-                report = ObjectReport(str(file), "failed", None, 0, 0.0, error)
-        yield report
-
-
-def _report(file: Path, out: Path, options: RenderOptions, renderer: RendererName) -> ObjectReport:
-    start = time.perf_counter()
-    try:
-        folder, now = render_or_skip(file, out, options, renderer)
-    except EquifeatError as error:
-        message = str(error)
-    except Exception as error:  # one object must not end a run of thousands
-        message = f"{file}: unexpected {type(error).__name__}: {error}"
-    else:
-        views = options.viewpoints.count if now else 0
-        status: Status = "done" if now else "skipped"
-        return ObjectReport(str(file), status, folder, views, time.perf_counter() - start)
-    return ObjectReport(str(file), "failed", None, 0, time.perf_counter() - start, message)
-
-
-def find_meshes(paths: Sequence[Path]) -> list[Path]:
-    """Expand folders to the mesh files in them.
-
-    Args:
-        paths: Mesh files and folders.
-
-    Returns:
-        Files; those of a folder are sorted by name.
-
-    Raises:
-        MeshError: A path does not exist, or a folder holds no mesh.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if not found:
-                raise MeshError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise MeshError(f"{path}: no such mesh file or folder")
-    return files
+    return list(find_objects(paths).values())
 
 
 def render_command(
@@ -161,18 +63,44 @@ def render_command(
     roll_jitter: float = 0.0,
     look_at_jitter: float = 0.0,
     focal_jitter: float = 0.0,
+    distance_jitter: float = 0.0,
+    angle_jitter: float = 0.0,
+    light: LightMode = "fixed",
+    lights: int = 1,
+    light_elevation: float = -90.0,
+    light_distance: float = 0.0,
+    light_intensity: float = 0.4,
+    ambient: float = 0.45,
+    head_light: float = 0.15,
+    light_jitter: float = 0.0,
+    light_saturation: float = 0.0,
+    environment: str = "",
+    background: str = "black",
     seed: int = 0,
+    cycles_python: str = "",
+    cycles_samples: int = 16,
+    cycles_denoise: bool = True,
+    cycles_device: Literal["cpu", "gpu"] = "cpu",
+    cycles_threads: int = 0,
     overwrite: bool = False,
     normals: bool = False,
-    workers: int = 1,
+    max_triangles: int = 5_000_000,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    time_limit: float = 900.0,
+    memory_limit: float = 8.0,
+    retries: int = 1,
+    retry_failed: bool = False,
+    address: str | None = None,
+    source: str | None = None,
 ) -> RenderSummary:
     """Render meshes to folders of views: RGB, z-depth, mask and views.json, one folder an object.
 
     Args:
-        meshes: GLB, glTF, OBJ or PLY files, or folders of them.
+        meshes: GLB, glTF, OBJ or PLY files, folders of them, quoted patterns, or .txt lists.
         out: Folder that receives one folder an object. Finished objects in it are skipped.
-        renderer: pyrender (OpenGL on EGL), embree (ray casting, needs no driver), or auto:
-            pyrender where EGL works, else embree.
+        renderer: pyrender (OpenGL on EGL), embree (ray casting, needs no driver), cycles (path
+            tracing with bpy), or auto: pyrender where EGL works, else embree.
         size: Side of the square images in pixels.
         views: Number of views; 42 are the vertices of an icosphere.
         distance: From the camera to the object's centre; the object's longest side is 1.
@@ -181,10 +109,37 @@ def render_command(
         roll_jitter: Largest random roll in degrees.
         look_at_jitter: Largest random shift of the point looked at, in object units.
         focal_jitter: Largest random relative change of the focal length.
-        seed: Seed of the jitters.
+        distance_jitter: Largest random relative change of the distance.
+        angle_jitter: Largest random turn of the camera's place about the object, in degrees.
+        light: fixed (stands still), object (drawn once an object) or view (drawn for each view).
+        lights: Most drawn lights, 1 to 8.
+        light_elevation: Lowest elevation of a drawn light in degrees.
+        light_distance: Of drawn lights from the object's centre, 0 for infinitely far.
+        light_intensity: All lights together, as a share of full brightness.
+        ambient: Light from all sides.
+        head_light: Light at the camera.
+        light_jitter: Largest random relative change of light_intensity and ambient.
+        light_saturation: Greatest random saturation of the light's colours.
+        environment: Folder of .hdr or .exr pictures that light the object (cycles only).
+        background: black, white, #rrggbb, color (a random one), noise, gradient or a folder.
+        seed: Seed of cameras, light and background.
+        cycles_python: Interpreter that holds bpy, see docs/renderers.md.
+        cycles_samples: Paths a pixel.
+        cycles_denoise: Denoise path-traced pictures.
+        cycles_device: cpu or gpu.
+        cycles_threads: Threads of one path tracer; by default the workers share the cores.
         overwrite: Render finished objects again.
         normals: Write normal maps as well.
-        workers: Processes.
+        max_triangles: Refuse meshes with more triangles, instances counted.
+        engine: local (processes of this machine), ray (a Ray cluster), or here (one after another
+            in this process, without limits).
+        workers: Objects at once, by default 1, and every core of a Ray cluster.
+        time_limit: Seconds an object may take, 0 for any.
+        memory_limit: GiB that a worker may use, 0 for any.
+        retries: Further tries of an object after a crash, a limit or a wrong picture.
+        retry_failed: Try objects again that failed in an earlier run.
+        address: Of the Ray cluster, by default the one found or a new one on this machine.
+        source: One more mesh, folder, pattern or list.
 
     Returns:
         What became of each mesh, with objects/hour.
@@ -203,36 +158,63 @@ def render_command(
         roll_jitter=roll_jitter,
         look_at_jitter=look_at_jitter,
         focal_jitter=focal_jitter,
+        distance_jitter=distance_jitter,
+        angle_jitter=angle_jitter,
         seed=seed,
     )
-    options = RenderOptions(size, viewpoints, normals, overwrite)
-    files = find_meshes(meshes)
-    choice = choose_renderer(renderer)
-    console = Console(stderr=True, highlight=False)
-    console.print(f"renderer: {choice.name} ({choice.reason})", markup=False)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+    scene = SceneOptions(
+        light=light,
+        lights=lights,
+        light_elevation=light_elevation,
+        light_distance=light_distance,
+        light_intensity=light_intensity,
+        ambient=ambient,
+        head_light=head_light,
+        light_jitter=light_jitter,
+        light_saturation=light_saturation,
+        environment=environment,
+        background=background,
+        seed=seed,
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rendering", total=len(files))
-        done = 0
-
-        def show(report: ObjectReport) -> None:
-            nonlocal done
-            done += 1
-            bar.advance(task)
-            line = report.error or f"{report.source} {report.status} in {report.seconds:.1f} s"
-            if report.status == "failed" or not console.is_terminal:
-                bar.console.print(f"[{done}/{len(files)}] {line}", markup=False, soft_wrap=True)
-
-        summary = render_many(files, out, options, renderer, show, workers)
-    if summary.failures:
-        console.print(str(summary), markup=False, soft_wrap=True)
-        failed, error = len(summary.failures), summary.failures[0][1]
+    if environment and renderer != "cycles":
+        raise RenderError("environment pictures light cycles only; give --renderer cycles as well")
+    if not cycles_threads and (workers or 1) > 1:
+        cycles_threads = max(1, (os.cpu_count() or 1) // (workers or 1))
+    cycles = CyclesOptions(
+        cycles_python, cycles_samples, cycles_denoise, cycles_device, cycles_threads
+    )
+    limits = MeshLimits(max_triangles=max_triangles)
+    options = RenderOptions(size, viewpoints, normals, overwrite, scene, cycles, limits)
+    farm = FarmOptions(
+        engine,
+        workers,
+        None if time_limit == 0 else time_limit,
+        None if memory_limit == 0 else memory_limit,
+        retries,
+        retry_failed,
+        address,
+    )
+    given: list[str | Path] = [*meshes, *([source] if source else [])]
+    if not given:
+        raise RenderError("no meshes given: name files, folders, patterns or .txt lists")
+    with open_run(find_objects(given), out, options, renderer, farm) as run:
+        _say(f"renderer: {run.summary.renderer} ({run.summary.reason})")
+        told = 0
+        for report in progress(run.reports, "rendering", run.total):
+            if report.status == "failed" and not report.earlier:
+                _say(f"failed: {report.error}")
+            for warning in run.summary.warnings[told:]:
+                _say(f"warning: {warning}")
+            told = len(run.summary.warnings)
+    if run.summary.failures:
+        _say(str(run.summary))
+        failed, error = len(run.summary.failures), run.summary.failures[0][1]
         raise RenderError(
-            error if len(files) == 1 else f"{failed} of {len(files)} meshes failed, first {error}"
+            error if run.total == 1 else f"{failed} of {run.total} meshes failed, first {error}"
         )
-    return summary
+    return run.summary
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -14,20 +14,32 @@ from equifeat.errors import EquifeatError, suggest
 
 
 class Command(NamedTuple):
-    """One command: its function, what it does, which options take several values or two."""
+    """One command: its function, what it does, which options take several values or two.
+
+    Arguments named in ``optional`` may be left out, those of ``several`` otherwise not.
+    """
 
     target: str
     help: str
     several: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "demo": Command("equifeat.demo:demo", "train on one object and report, end to end"),
     "procedural": Command("equifeat.commands:procedural", "write example meshes"),
     "render": Command(
-        "data_prep.render:render_command", "meshes to posed views", ("meshes",), ("--elevation",)
+        "data_prep.render:render_command",
+        "meshes to posed views",
+        pairs=("--elevation",),
+        optional=("meshes",),
     ),
+    "objaverse": Command("data_prep.objaverse:objaverse_command", "download Objaverse meshes"),
+    "check-views": Command(
+        "data_prep.check:check_views_command", "find faults in posed views", ("folders",)
+    ),
+    "pack": Command("data_prep.pack:pack_command", "views to Parquet shards", ("views",)),
     "fit": Command("equifeat.train.cli:main", "finetune from a recipe (LightningCLI)"),
     "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
     "evaluate equivariance": Command(
@@ -82,11 +94,14 @@ def build_parser(name: str) -> Any:
         kind = str if several.startswith("--") else Path
         required = {"required": True} if several.startswith("--") else {}
         parser.add_argument(several, nargs="+", type=kind, help=command.help, **required)
+    for optional in command.optional:
+        parser.add_argument(optional, nargs="*", type=Path, default=[], help=command.help)
     defaults = inspect.signature(function).parameters
     for pair in command.pairs:
         default = list(defaults[pair.lstrip("-")].default)
         parser.add_argument(pair, nargs=2, type=float, default=default, help="lowest and highest")
-    skip: set[str | int] = {name.lstrip("-") for name in (*command.several, *command.pairs)}
+    taken = (*command.several, *command.pairs, *command.optional)
+    skip: set[str | int] = {name.lstrip("-") for name in taken}
     for parameter in defaults.values():
         if parameter.default is False:
             # jsonargparse would want --name true

@@ -158,7 +158,7 @@ def demo(
     eval_files = find_meshes([eval_meshes]) if eval_meshes else []
     _claim(out, options)
     train, held_out, renderer_used = _render(train_files, eval_files, out, resolution, renderer)
-    _train(out, train.folder, wanted, options)
+    _train(out, Path(train.where), wanted, options)
     models = _models(out, wanted)
     result = evaluate_equivariance(
         models,

@@ -22,6 +22,18 @@ class ViewsError(EquifeatError):
     """A folder of rendered views that is missing, incomplete or of another format."""
 
 
+class ManifestError(EquifeatError):
+    """A manifest of a long job that is damaged, of another job, or in use."""
+
+
+class DownloadError(EquifeatError):
+    """Objects that cannot be fetched, or a list of them that makes no sense."""
+
+
+class PackError(EquifeatError):
+    """A packed data set that is incomplete, altered or of another format."""
+
+
 class CorrespondenceError(EquifeatError):
     """Views without the covisible pixels that were asked for."""
 

@@ -1,25 +1,24 @@
-"""Views per core-second of the whole render pipeline: load, draw, encode, write.
+"""Views per core-second of the whole render pipeline: load, draw, check, encode, write.
 
 python tests/benchmarks/bench_render.py --meshes ../shared/meshes/train ../shared/meshes/val
     --out bench_views [--renderers pyrender embree] [--size 512] [--views 42]
 
-A core-second is one second of one CPU core (user and system time of the process with its threads,
-so a renderer that runs on four cores is charged four times). Imports and opening the renderer are
-not counted; loading each mesh is. For a GL software driver set LP_NUM_THREADS=1.
+A core-second is one second of one CPU core (user and system time of the worker process and of what
+it started, so a renderer that runs on four cores is charged four times). Imports and opening the
+renderer are charged to the first object; loading each mesh is counted. Workers keep libraries and
+GL software drivers to one thread.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
-import torch
 from jsonargparse import ArgumentParser
 
 from data_prep.contact import contact_sheet
-from data_prep.render import ObjectReport, RenderOptions, find_meshes, render_many
-from data_prep.renderers import RendererName, choose_renderer
+from data_prep.render import FarmOptions, ObjectReport, RenderOptions, find_objects, render_many
+from data_prep.renderers import RendererName
 from data_prep.viewpoints import ViewpointOptions
 
 
@@ -39,30 +38,23 @@ def main(
         size: Side of the images.
         views: Views an object.
     """
-    torch.set_num_threads(1)
-    files = find_meshes(meshes)
+    objects = find_objects(meshes)
+    options = RenderOptions(size, ViewpointOptions(count=views), overwrite=True)
     for name in renderers:
-        choice = choose_renderer(name)
-        options = RenderOptions(size, ViewpointOptions(count=views), overwrite=True)
         slowest: list[tuple[float, str]] = []
-        last = time.process_time()
 
         def note(report: ObjectReport, slowest: list[tuple[float, str]] = slowest) -> None:
-            nonlocal last
-            now = time.process_time()
-            slowest.append(((now - last) / max(report.views, 1), Path(report.source).name))
-            last = now
+            if report.views:
+                slowest.append((report.cpu / report.views, Path(report.source).name))
 
-        start = last
-        summary = render_many(files, out / name, options, name, note)
-        core_seconds = time.process_time() - start
-        done = sum(r.views for r in summary.reports)
+        # one worker, as in the farm: its memory and its threads are those of real runs
+        summary = render_many(objects, out / name, options, name, note, FarmOptions("local"))
         size_mb = sum(f.stat().st_size for f in (out / name).rglob("*.png")) / 1e6
         lines = [
-            f"{choice.name}: {choice.reason}",
-            f"  {summary}",
-            f"  {done} views of {size} px in {core_seconds:.1f} core-seconds: "
-            f"{done / core_seconds:.2f} views per core-second",
+            f"{summary.renderer}: {summary.reason}",
+            *[f"  {line}" for line in str(summary).splitlines()],
+            f"  {summary.views} views of {size} px in {summary.cpu:.1f} core-seconds: "
+            f"{summary.views / max(summary.cpu, 1e-9):.2f} views per core-second",
             f"  {size_mb / max(summary.count('done'), 1):.1f} MB an object",
             "  slowest (core-seconds a view): "
             + ", ".join(f"{file} {t:.3f}" for t, file in sorted(slowest, reverse=True)[:3]),

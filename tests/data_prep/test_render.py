@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from data_prep.renderers import Rendered
 from data_prep.renderers.embree import EmbreeRenderer
 from data_prep.view_folder import depth_step
 from data_prep.viewpoints import ViewpointOptions, make_viewpoints
+from equifeat.data.views import open_views
 from equifeat.errors import EquifeatError, MeshError, RenderError, ViewsError
 from tests.data_prep.glb import points_only, quad, tetra
 from tests.helpers import GOLDEN, ROOT, shared_dir
@@ -38,7 +40,13 @@ SMALL = RenderOptions(size=64, viewpoints=ViewpointOptions(count=5))
 
 
 def files(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return {name for name in found if not name.startswith("manifest.sqlite")}
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder of objects, beside its manifest."""
+    return {p.name for p in folder.iterdir() if not p.name.startswith("manifest.sqlite")}
 
 
 def test_folder_holds_what_the_format_says(tmp_path: Path) -> None:
@@ -49,7 +57,7 @@ def test_folder_holds_what_the_format_says(tmp_path: Path) -> None:
     kinds = ("color", "depth", "mask", "normal")
     expected = {f"{kind}_{i:06d}.png" for kind in kinds for i in range(3)} | {"views.json"}
     assert files(folder) == expected
-    assert [p.name for p in tmp_path.iterdir()] == ["procedural_0000"]
+    assert names(tmp_path) == {"procedural_0000"}
     record = json.loads((folder / "views.json").read_text())
     assert record["source"] == {"file": "procedural_0000.glb", "sha256": mesh.sha256}
     assert record["object_scale"] == mesh.scale
@@ -129,7 +137,7 @@ def test_finished_objects_are_skipped_and_others_refused(tmp_path: Path) -> None
         render_object(path, out, larger, "embree")
     with pytest.raises(RenderError, match="another renderer"):
         render_object(path, out, SMALL, "pyrender")
-    summary = render_many([path], out, SMALL, "auto")
+    summary = render_many([path], out, SMALL, "embree")
     assert summary.count("skipped") == 1
     path.write_bytes(quad()[0].bytes())
     with pytest.raises(RenderError, match="another source file"):
@@ -137,7 +145,7 @@ def test_finished_objects_are_skipped_and_others_refused(tmp_path: Path) -> None
     again = RenderOptions(size=96, viewpoints=SMALL.viewpoints, overwrite=True)
     render_object(path, out, again, "embree")
     assert json.loads((folder / "views.json").read_text())["size_hw"] == [96, 96]
-    assert [p.name for p in out.iterdir()] == ["test"]
+    assert names(out) == {"test"}
 
 
 def test_overwrite_never_deletes_what_is_not_a_rendering(tmp_path: Path) -> None:
@@ -168,16 +176,19 @@ def test_failures_do_not_stop_the_others(tmp_path: Path) -> None:
     assert summary.objects_per_hour > 0
     assert "1 rendered, 0 skipped, 2 failed with embree" in str(summary)
     assert "objects/hour" in str(summary)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["good"]
+    assert names(tmp_path / "out") == {"good"}
 
 
 def test_same_names_and_missing_paths_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         tetra().write(tmp_path / name)
-    meshes = find_meshes([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(RenderError, match="would both be written to 'test'"):
-        render_many(meshes, tmp_path / "out", SMALL, "embree")
+        find_meshes([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(RenderError, match="would both be written to 'test'"):
+        render_many(find_meshes([tmp_path]), tmp_path / "out", SMALL, "embree")
+    assert not (tmp_path / "out").exists()
+    assert find_meshes([tmp_path / "a"]) == [tmp_path / "a" / "test.glb"]
     with pytest.raises(MeshError, match="no such mesh file or folder"):
         find_meshes([tmp_path / "c"])
     (tmp_path / "c").mkdir()
@@ -188,35 +199,38 @@ def test_same_names_and_missing_paths_are_refused(tmp_path: Path) -> None:
 def test_command_writes_plain_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tetra().write(tmp_path, "one.glb")
+    (tmp_path / "sub").mkdir()
+    tetra().write(tmp_path / "sub", "one.glb")
     points_only().write(tmp_path, "two.glb")
+    out = tmp_path / "out"
     with pytest.raises(RenderError, match=r"1 of 2 meshes failed, first .*two.glb"):
-        render_command([tmp_path], tmp_path / "out", "embree", size=48, views=4, fov=60.0)
+        render_command([tmp_path], out, "embree", size=48, views=4, fov=60.0, workers=2)
     text = capsys.readouterr().err
     assert "renderer: embree (asked for)" in text
-    assert "[1/2]" in text
-    assert "[2/2]" in text
-    assert "points or lines only" in text
+    assert "rendering: 2/2" in text
+    assert re.search(r"failed: .*two.glb: it holds points or lines only", text)
     assert "objects/hour" in text
+    assert "failed: 1 refused" in text
+    assert re.search(r"an object: load .* render .* encode .* write .*%", text)
+    assert re.search(r"views per core-second, 0\.\d+ GiB peak of a worker", text)
     assert "\x1b" not in text
-    record = json.loads((tmp_path / "out" / "one" / "views.json").read_text())
+    record = json.loads((out / "sub" / "one" / "views.json").read_text())
     assert record["options"]["fov"] == 60.0
+    assert record["object"] == "sub/one"
+    (views,) = open_views(out)
+    assert views.name == "sub/one"
     with pytest.raises(RenderError, match=r"two.glb: it holds points or lines only"):
-        render_command([tmp_path / "two.glb"], tmp_path / "out", "embree")
-    good = render_command([tmp_path / "one.glb"], tmp_path / "new", "embree", size=48, views=4)
+        render_command([tmp_path / "two.glb"], out / "more", "embree", engine="here")
+    new = tmp_path / "new"
+    (source,) = find_meshes([tmp_path / "sub"])
+    good = render_command(
+        [], new, "embree", size=48, views=4, engine="here", source=str(source), time_limit=0
+    )
     assert "1 rendered, 0 skipped, 0 failed" in str(good)
     with pytest.raises(RenderError, match="size = 4"):
-        render_command([tmp_path], tmp_path / "out", "embree", size=4)
-
-
-def test_worker_processes_give_the_same_pictures(tmp_path: Path) -> None:
-    meshes = [tetra().write(tmp_path, "a.glb"), quad()[0].write(tmp_path, "b.glb")]
-    one = render_many(meshes, tmp_path / "one", SMALL, "embree")
-    two = render_many(meshes, tmp_path / "two", SMALL, "embree", workers=2)
-    assert one.count("done") == two.count("done") == 2
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    for name in files(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        render_command([tmp_path], out, "embree", size=4)
+    with pytest.raises(RenderError, match="no meshes given"):
+        render_command([], out, "embree")
 
 
 def test_killed_render_leaves_no_half_object(tmp_path: Path) -> None:
@@ -230,7 +244,7 @@ def test_killed_render_leaves_no_half_object(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path), str(out)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while not list(out.glob(".*.partial/color_000003.png")):
+    while not list(out.glob(".partial/*/color_000003.png")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -238,13 +252,14 @@ def test_killed_render_leaves_no_half_object(tmp_path: Path) -> None:
     process.wait()
     assert not (out / "procedural_0000").exists()
     assert not list(out.glob("*/views.json"))
-    (left,) = out.iterdir()
-    assert left.name.startswith(".procedural_0000.")
+    (left,) = (out / ".partial").iterdir()
+    assert left.name.endswith(".procedural_0000")
     # another run's folder that is still at work stays
-    busy = out / left.name.replace(f"-{process.pid}-", f"-{os.getppid()}-")
+    busy = left.with_name(left.name.replace(f"-{process.pid}-", f"-{os.getppid()}-"))
     busy.mkdir()
     render_object(path, out, SMALL, "embree")
-    assert {p.name for p in out.iterdir()} == {"procedural_0000", busy.name}
+    assert {p.name for p in out.iterdir()} == {"procedural_0000", ".partial"}
+    assert [p.name for p in (out / ".partial").iterdir()] == [busy.name]
 
 
 def test_failing_view_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +275,7 @@ def test_failing_view_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return Rendered(view.color * 0, view.depth * 0, view.mask & False, None)
 
     monkeypatch.setattr(EmbreeRenderer, "render", blank_at_third)
-    with pytest.raises(RenderError, match="view 2: the picture shows 0%"):
+    with pytest.raises(RenderError, match="view 2: the picture"):
         render_object(make_object(0), tmp_path, SMALL, "embree")
     assert list(tmp_path.iterdir()) == []
 
@@ -314,6 +329,7 @@ def test_flat_object_may_be_seen_edge_on(tmp_path: Path) -> None:
 def test_contact_sheet(tmp_path: Path) -> None:
     for seed in (0, 1):
         render_object(make_object(seed), tmp_path / "out", SMALL, "embree")
+    assert names(tmp_path / "out") == {"procedural_0000", "procedural_0001"}
     sheet = contact_sheet(tmp_path / "out", tmp_path / "sheet.png", views_per_object=3, tile=40)
     with Image.open(sheet) as image:
         assert image.width >= 2 * 3 * 40
