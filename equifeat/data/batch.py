@@ -140,8 +140,8 @@ def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
             if image.shape != pairs[0].image0.shape:
                 raise ViewsError(
                     f"{pairs[0].object_name} has views of {tuple(pairs[0].image0.shape[1:])} and "
-                    f"{pair.object_name} of {tuple(image.shape[1:])} pixels: render both alike or "
-                    "use batch_size=1"
+                    f"{pair.object_name} of {tuple(image.shape[1:])} pixels: render both alike, "
+                    "set data.captures.pad=true for photographs, or use batch_size=1"
                 )
     return PairBatch(
         object_names=[p.object_name for p in pairs],

@@ -12,7 +12,7 @@ from equifeat.data.augment import Augment
 from equifeat.data.batch import PairBatch as PairBatch
 from equifeat.data.batch import collate_pairs as collate_pairs
 from equifeat.data.pairs import Pair, PairSource, Sampler
-from equifeat.data.views import Layout, open_views
+from equifeat.data.views import CaptureOptions, Layout, open_views
 from equifeat.errors import EquifeatError, RecipeError
 
 
@@ -32,6 +32,7 @@ class DrawSampler(DistributedSampler[int]):
         position: Batches already trained in this run, asked for at the start of every epoch; None
             counts epochs by set_epoch.
         fixed: Every epoch is the same (validation).
+        accumulate: Batches of one optimiser step; an epoch holds whole steps only.
     """
 
     def __init__(
@@ -42,15 +43,17 @@ class DrawSampler(DistributedSampler[int]):
         rank: int = 0,
         position: Callable[[], int] | None = None,
         fixed: bool = False,
+        accumulate: int = 1,
     ) -> None:
         super().__init__(source, num_replicas=num_replicas, rank=rank, shuffle=False)
         self.batch_size = batch_size
         self.fixed = fixed
         self.position = position
-        self.batches = len(source) // (batch_size * num_replicas)
+        self.batches = len(source) // (batch_size * num_replicas * accumulate) * accumulate
         if self.batches == 0:
+            steps = f"{accumulate} batches" if accumulate > 1 else "one batch"
             raise RecipeError(
-                f"{len(source)} draws an epoch are less than one batch of {batch_size} on each of "
+                f"{len(source)} draws an epoch are less than {steps} of {batch_size} on each of "
                 f"{num_replicas} ranks: raise the number of draws or lower batch_size"
             )
         # A resumed run may have another batch size or number of ranks: it goes on after the draws
@@ -149,8 +152,10 @@ class PairDataModule(pl.LightningDataModule):
         background: "black", "noise", "gradient" or a folder of images, for training.
         draws_per_epoch: Pairs of one epoch, over all ranks.
         val_draws: Pairs of one validation, always the same ones, not augmented.
-        layout: Layout of the view folders: "auto", "equifeat" or "reference".
+        layout: Layout of the view folders: "auto", "equifeat", "packed", "reference", "colmap",
+            "mvimgnet" or "co3d".
         pin_memory: Copy batches to pinned memory, for a GPU.
+        captures: How photographs (colmap, mvimgnet, co3d) are read; None for the defaults.
     """
 
     def __init__(
@@ -171,6 +176,7 @@ class PairDataModule(pl.LightningDataModule):
         val_draws: int = 64,
         layout: Layout = "auto",
         pin_memory: bool = False,
+        captures: CaptureOptions | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -196,6 +202,7 @@ class PairDataModule(pl.LightningDataModule):
         self.val_draws = val_draws
         self.layout: Layout = layout
         self.pin_memory = pin_memory
+        self.captures = captures
         self.train_source: PairSource | None = None
         self.val_source: PairSource | None = None
 
@@ -247,7 +254,7 @@ class PairDataModule(pl.LightningDataModule):
 
     def _source(self, folder: Path, training: bool) -> PairSource:
         return PairSource(
-            open_views(folder, self.layout),
+            open_views(folder, self.layout, self.captures),
             seed=self.seed,
             sampler=self.sampler,
             num_keypoints=self.num_keypoints,
@@ -269,6 +276,7 @@ class PairDataModule(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             position=self._trained_batches if training and trainer else None,
             fixed=not training,
+            accumulate=trainer.accumulate_grad_batches if training and trainer else 1,
         )
         return DrawLoader(
             source,

@@ -4,7 +4,10 @@ For pixel centres of view 0 that are covisible in view 1, the descriptor there (
 the feature map, then L2-normalised) is matched to the nearest among the descriptors of the mask
 pixels of view 1. The distance from the match to the true point, over the normaliser, is the error.
 APE and PCDP are means over the pixels of a pair, then over the pairs of an object, then over
-objects; intervals are bootstraps over objects. The protocol is that of arXiv 2411.19458, whose
+objects; intervals are bootstraps over objects. Captured objects have tracks of a reconstruction in
+place of depth: their points are those that both views observe, and the truth is the observation in
+view 1. Where a capture has no masks, every pixel of view 1 is searched, and the box is that of the
+points observed there. The protocol is that of arXiv 2411.19458, whose
 paper names neither its normaliser nor its code: both are recorded in every result here.
 """
 
@@ -96,6 +99,24 @@ class PosedObject(Protocol):
 
 
 @runtime_checkable
+class HasTracks(Protocol):
+    """What the views of a captured object see, like equifeat.data.tracks.Tracks."""
+
+    @property
+    def xy(self) -> Sequence[Tensor]:
+        """For every view (N_i, 2) pixels."""
+        ...
+
+    def shared(self, i: int, j: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of views i and j that are of the same points."""
+        ...
+
+    def seen_on(self, i: int, mask: Tensor) -> Tensor:
+        """Return which observations of view i lie on a mask."""
+        ...
+
+
+@runtime_checkable
 class Progress(Protocol):
     """Wraps an iteration to show how far it is, like equifeat.progress.progress."""
 
@@ -147,7 +168,8 @@ def evaluate_equivariance(
         min_points: Pairs with fewer covisible pixels are left out.
         target_stride: Match against every n-th mask pixel of view 1 in x and y; 1 is the full
             protocol, 2 costs a quarter and adds at most one pixel of error.
-        normalizer: "box", the longer side of the object's box in view 1, or "image".
+        normalizer: "box", the longer side of the object's box in view 1 (of the points observed
+            there for captures without masks), or "image".
         resolution: Passed to the models: patches on the longer side, or None for the image's own.
         seed: Seed of the drawn pairs and points, and of the bootstrap.
         budget_bytes: Largest block of similarities held at once.
@@ -192,7 +214,23 @@ def evaluate_equivariance(
         "thresholds": list(THRESHOLDS),
         "bin_edges_deg": list(BIN_EDGES),
     }
+    captured = [o for o in objects if getattr(o, "tracks", None) is not None]
+    if captured:
+        config["captured_objects"] = len(captured)
+        config["captured_without_masks"] = sum(not has_masks(o) for o in captured)
     return EquivarianceResult(config, tuple(named), tuple(rows))
+
+
+def has_masks(obj: PosedObject) -> bool:
+    """Say whether the masks of an object's views are silhouettes.
+
+    Args:
+        obj: An object.
+
+    Returns:
+        False for photographs without masks, whose views are all mask.
+    """
+    return bool(getattr(obj, "has_masks", True))
 
 
 def _check(
@@ -265,7 +303,16 @@ class _ObjectScorer:
         raw = self._maps[model, i].sample(xy[None].to(self.device))[0]
         return F.normalize(raw, dim=-1)
 
+    @property
+    def tracks(self) -> HasTracks | None:
+        return getattr(self.obj, "tracks", None)
+
     def points(self, i: int, j: int) -> _Points:
+        if (tracks := self.tracks) is not None:
+            rows0, rows1 = tracks.shared(i, j)
+            on = tracks.seen_on(i, self.view(i).mask)[rows0]
+            on &= tracks.seen_on(j, self.view(j).mask)[rows1]
+            return _Points(i, j, tracks.xy[i][rows0[on]], tracks.xy[j][rows1[on]])
         view0, view1 = self.view(i), self.view(j)
         poses = self.obj.cam_from_world
         nearest_z = float(view0.depth[view0.depth > 0].min()) if view0.depth.any() else 1.0
@@ -282,11 +329,19 @@ class _ObjectScorer:
         keep = found.covisible & view0.mask
         return _Points(i, j, xy0[keep], found.xy[keep].float())
 
+    def length(self, j: int) -> float:
+        """Pixels of view j that errors are divided by."""
+        tracks = self.tracks
+        if self.normalizer == "box" and tracks is not None and not has_masks(self.obj):
+            xy = tracks.xy[j]
+            return float((xy.amax(0) - xy.amin(0)).max())
+        return normalizer_px(self.view(j).mask, self.normalizer)
+
     def score(self, found: Iterable[list[_Points]], stride: int) -> Iterator[PairScore]:
         for group in found:
             j = group[0].view1
             targets = _target_pixels(self.view(j).mask, stride)
-            length = normalizer_px(self.view(j).mask, self.normalizer)
+            length = self.length(j)
             scores: list[dict[str, tuple[float, ...]]] = [{} for _ in group]
             for model in self.models:
                 theirs = self.descriptors(model, j, targets)

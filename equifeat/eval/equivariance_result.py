@@ -246,11 +246,19 @@ class EquivarianceResult:
             "box": "the longer side of the object's box in the target view",
             "image": "the longer side of the target image",
         }[self.config["normalizer"]]
+        captured = self.config.get("captured_objects", 0)
+        bare = self.config.get("captured_without_masks", 0)
+        tracks = f" {captured} objects are captures: their points are tracks." if captured else ""
+        if bare:
+            tracks += (
+                f" {bare} captures have no masks: all pixels are searched, and the box is that of "
+                "the points observed in the target view."
+            )
         return (
             f"{objects} objects, {len(self.rows)} ordered pairs of views, "
             f"{sum(r.points for r in self.rows)} points; errors relative to {what}; targets are "
             f"the mask pixels at stride {self.config['target_stride']}; brackets: 95 % bootstrap "
-            "intervals over objects."
+            f"intervals over objects.{tracks}"
         )
 
     def table(

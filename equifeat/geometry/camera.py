@@ -79,8 +79,8 @@ class Camera:
             (..., N, 2) pixels. For points at or behind the camera (z ≤ 0) the result is NaN.
         """
         z = points_cam[..., 2:]
-        safe = torch.where(z > 0, z, torch.full_like(z, float("nan")))
-        return (points_cam @ self.K[..., :2, :].mT) / safe
+        safe = torch.where(z > 0, z, float("nan"))
+        return _apply(self.K[..., :2, :], points_cam) / safe
 
     def unproject(
         self, xy: Float[Tensor, "*b 2"], depth: Float[Tensor, "*b"]
@@ -94,10 +94,9 @@ class Camera:
         Returns:
             (..., N, 3) points.
         """
-        rays: Tensor = (
-            torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1) @ torch.linalg.inv(self.K).mT
-        )
-        return rays * depth.unsqueeze(-1)
+        x, y = xy.unbind(-1)
+        rays: Tensor = torch.linalg.inv(self.K) @ torch.stack([x, y, torch.ones_like(x)], dim=-2)
+        return rays.mT * depth.unsqueeze(-1)
 
 
 def transform(
@@ -112,7 +111,16 @@ def transform(
     Returns:
         (..., N, 3) points in frame a.
     """
-    return points_b @ a_from_b[..., :3, :3].mT + a_from_b[..., None, :3, 3]
+    return _apply(a_from_b[..., :3, :3], points_b) + a_from_b[..., None, :3, 3]
+
+
+def _apply(matrix: Tensor, points: Tensor) -> Tensor:
+    """(..., N, 3) points under (..., M, 3) matrices.
+
+    As matrix @ columns: many times faster than rows @ matrix.T, and what follows finds each
+    coordinate of all points side by side.
+    """
+    return (matrix @ points.mT).mT
 
 
 def invert(a_from_b: Float[Tensor, "*b 4 4"]) -> Float[Tensor, "*b 4 4"]:

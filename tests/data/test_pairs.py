@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equifeat.data.augment import Augment
+from equifeat.data.folder_views import FolderViews
 from equifeat.data.pairs import Pair, PairSource
 from equifeat.data.views import ObjectViews, View, open_views
 from equifeat.errors import CorrespondenceError, RecipeError, ViewsError
@@ -49,7 +50,7 @@ def same(a: Pair, b: Pair) -> bool:
     return True
 
 
-class ExactViews(ObjectViews):
+class ExactViews(FolderViews):
     """Depth in closed form instead of from a 16-bit picture."""
 
     def view(self, i: int) -> View:
@@ -67,6 +68,7 @@ def test_true_matches_are_true_on_shapes_known_in_closed_form(
     step = only[0].depth_step
     if exact:
         f = only[0]
+        assert isinstance(f, FolderViews)
         only = [ExactViews(name, f.folder, f.K, f.cam_from_world, f.size_hw, 1e-9)]
     source = PairSource(only, seed=3, num_keypoints=500, max_angle_deg=90.0)
     for i in range(12):

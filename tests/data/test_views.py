@@ -33,7 +33,7 @@ def test_a_view_is_what_was_rendered(folder: Path) -> None:
     (views,) = open_views(folder)
     assert views.name == "box"
     assert len(views) == 3
-    assert views.size_hw == (48, 48)
+    assert views.camera(1).size_hw == (48, 48)
     view = views.view(1)
     color, depth = render("box", type(view.camera)(view.camera.K.double(), (48, 48)), poses(3)[1])
     assert view.image.shape == (3, 48, 48)
@@ -183,7 +183,7 @@ def test_nothing_in_the_metadata_can_name_a_file(folder: Path) -> None:
     edit(folder, set_item("object", "../../etc/passwd"))
     edit(folder, set_item("views", 0, "file", "/etc/passwd"))
     (views,) = open_views(folder)
-    assert views.folder == folder
+    assert views.where == str(folder)
     assert views.view(0).mask.any()
 
 
@@ -204,7 +204,7 @@ def test_the_reference_layout_is_read(tmp_path: Path) -> None:
     folder = write_reference_views(tmp_path / "set" / "000-151" / "uid", "box", views=3)
     (views,) = open_views(tmp_path / "set")
     assert views.name == "000-151/uid"
-    assert views.folder == folder
+    assert views.where == str(folder)
     view = views.view(2)
     # BlenderProc's integer-centred 256 is 256.5 here.
     assert view.camera.K.tolist() == [[560.0, 0.0, 256.5], [0.0, 560.0, 256.5], [0.0, 0.0, 1.0]]
