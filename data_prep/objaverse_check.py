@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
+
+from equifeat.files import sha256_of
 
 # The largest index file, 800,000 paths, unpacks to about 80 MB; more is a bomb.
 _UNPACKED_LIMIT = 256 * 2**20
@@ -69,11 +70,7 @@ def check_glb(file: Path, promised: str | None) -> dict[str, Any]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         header = stream.read(12)
-        stream.seek(0)
-        sha256 = hashlib.sha256()
-        while block := stream.read(2**20):
-            sha256.update(block)
-    found = sha256.hexdigest()
+    found = sha256_of(file)
     if promised is not None and found != promised:
         raise BrokenAnswerError("the bytes do not have the SHA-256 that the hub told")
     whole = len(header) == 12 and header[:4] == b"glTF"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import struct
 import zlib
@@ -17,7 +16,7 @@ from equifeat.data.packed_codec import Color, Encoded, Pictures, decode, encode
 from equifeat.data.packed_views import BLOBS
 from equifeat.data.reference_views import open_reference
 from equifeat.errors import ImageError, MissingExtraError, PackError
-from equifeat.files import atomic_file
+from equifeat.files import atomic_file, sha256_of
 
 _LEAVES = {"color": "color.bytes", "depth": "depth", "mask": "mask"}
 
@@ -187,7 +186,7 @@ def write_shard(task: ShardTask) -> Written:
         rows = _verified(path, task)
         with atomic_file(task.part) as part:
             pq.write_table(pa.Table.from_pylist(rows, index_schema()), part)
-        size, digest = path.stat().st_size, _sha256(path)
+        size, digest = path.stat().st_size, sha256_of(path)
     return Written(task.number, task.shard.name, len(rows), size, digest)
 
 
@@ -317,8 +316,3 @@ def _place(
         f"{blob}_size": len(content),
         f"{blob}_crc32": zlib.crc32(content),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

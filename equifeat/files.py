@@ -1,7 +1,8 @@
-"""Write whole files or none: a temporary name beside the target, then a rename."""
+"""Write whole files or none: a temporary name beside the target, then a rename; hash files."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -61,3 +62,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             path.rename(target)
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file, read in pieces.
+
+    Args:
+        path: The file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

