@@ -17,8 +17,8 @@ from data_prep.capture_files import (
     inside_folder,
     key_of,
     read_json,
-    read_matrices,
 )
+from data_prep.capture_matrices import matrix44, per_view
 from equifeat.data.colmap import is_colmap, read_colmap
 from equifeat.errors import ViewsError
 
@@ -147,7 +147,7 @@ def read_nerf(folder: Path) -> Layout:
                 _present(folder, mask, file) if mask else masks.get(key_of(image)),
                 K,
                 size,
-                _matrix44(pose, f"{file}: frame {number}"),
+                matrix44(pose, f"{file}: frame {number}"),
             )
         )
     unit = data.get("integer_depth_scale") or data.get("depth_unit_scale_factor")
@@ -212,11 +212,11 @@ def read_plain(folder: Path) -> Layout:
     if not images:
         raise ViewsError(f"{folder}: no pictures in {', '.join(IMAGES)} or beside each other")
     depths, masks = _files(folder, DEPTHS, DEPTH_SUFFIXES), _files(folder, MASKS, IMAGE_SUFFIXES)
-    poses = _per_view(_pose_source(folder), images, (4, 4), f"{folder}: poses")
+    poses = per_view(_pose_source(folder), images, (4, 4), f"{folder}: poses")
     source = _source(folder, INTRINSICS)
     if source is None:
         raise ViewsError(f"{folder}: no intrinsics; write K (3x3) or fx fy cx cy to intrinsics.txt")
-    Ks = _per_view(source, images, (3, 3), f"{folder}: intrinsics")
+    Ks = per_view(source, images, (3, 3), f"{folder}: intrinsics")
     shots = []
     for i, (key, image) in enumerate(images.items()):
         w, h = image_size_wh(image)[0]
@@ -255,77 +255,6 @@ def _source(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def _pose_source(folder: Path) -> Path | dict[Any, Path] | None:
     return _source(folder, POSES) or _files(folder, POSES, MATRIX_SUFFIXES) or None
-
-
-def _per_view(
-    source: Path | dict[Any, Path] | None,
-    images: dict[Any, Path],
-    shape: tuple[int, int],
-    what: str,
-) -> list[Array]:
-    if source is None:
-        raise ViewsError(f"{what} are missing; write poses.npy of (views, 4, 4) or pose/000000.txt")
-    count = len(images)
-    named: dict[Any, Array]
-    if isinstance(source, Path) and source.is_file():
-        table = read_matrices(source)
-        if isinstance(table, dict):
-            if "fx" in table:
-                one = np.array([float(table[k]) for k in ("fx", "fy", "cx", "cy")])
-                return [_K33(one, what)] * count
-            named = {key_of(Path(name)): value for name, value in table.items()}
-        else:
-            return _split(table, count, shape, f"{source}")
-    else:
-        folder_files = (
-            [f for f in source.glob("*") if f.suffix.lower() in MATRIX_SUFFIXES]
-            if isinstance(source, Path)
-            else list(source.values())
-        )
-        named = {}
-        for file in folder_files:
-            value = read_matrices(file)
-            if isinstance(value, dict):
-                raise ViewsError(f"{file}: expected numbers, not names")
-            named[key_of(file)] = value
-        if shape == (3, 3) and len(named) == 1:
-            return _split(next(iter(named.values())), count, shape, what)
-    missing = [path.name for key, path in images.items() if key not in named]
-    if missing:
-        raise ViewsError(f"{what} of {len(missing)} of {count} pictures are missing: {missing[0]}")
-    make = _K33 if shape == (3, 3) else _matrix44
-    return [make(named[key], f"{what} of {path.name}") for key, path in images.items()]
-
-
-def _split(table: Array, count: int, shape: tuple[int, int], what: str) -> list[Array]:
-    make = _K33 if shape == (3, 3) else _matrix44
-    if shape == (3, 3) and (table.size in (4, 9) or table.shape in ((4, 4), (3, 4))):
-        return [make(table, what)] * count
-    size = next(
-        (s for s in ((16, 12) if shape == (4, 4) else (9, 4)) if table.size == count * s), 0
-    )
-    if not size:
-        raise ViewsError(f"{what}: {table.shape} numbers for {count} pictures; one a picture")
-    return [make(part, what) for part in table.reshape(count, -1)]
-
-
-def _matrix44(values: Array, what: str) -> Array:
-    if values.size == 12:
-        return np.concatenate([values.reshape(3, 4), [[0.0, 0.0, 0.0, 1.0]]])
-    if values.size != 16 or not np.isfinite(values).all():
-        raise ViewsError(f"{what}: not a 4x4 or 3x4 matrix of finite numbers")
-    return values.reshape(4, 4)
-
-
-def _K33(values: Array, what: str) -> Array:  # noqa: N802
-    if values.size == 4:
-        fx, fy, cx, cy = values.reshape(-1)
-        return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-    if values.shape in ((4, 4), (3, 4)):
-        values = values[:3, :3]
-    if values.size != 9 or not np.isfinite(values).all():
-        raise ViewsError(f"{what}: not a 3x3 matrix of finite numbers, nor fx fy cx cy")
-    return values.reshape(3, 3)
 
 
 def _nerf_K(data: dict[str, Any], image: Path, file: Path) -> tuple[Array, tuple[float, float]]:  # noqa: N802
