@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -63,6 +63,31 @@ class LowRank(nn.Module):
             (out_features, in_features).
         """
         return self.b @ self.a
+
+
+class _Updated(nn.Module):
+    """A layer and its update."""
+
+    def __init__(self, layer: nn.Module, update: LowRank, scale: float) -> None:
+        super().__init__()
+        self.layer, self.update, self.scale = layer, update, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x) + self.scale * self.update(x)
+        return out
+
+
+class _UpdatedQkv(nn.Module):
+    """A layer that gives q, k and v in a row, and the updates of q and v."""
+
+    def __init__(self, layer: nn.Module, q: LowRank, v: LowRank, scale: float) -> None:
+        super().__init__()
+        self.layer, self.q, self.v, self.scale = layer, q, v, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.layer(x).chunk(3, dim=-1)
+        q, v = q + self.scale * self.q(x), v + self.scale * self.v(x)
+        return torch.cat([q, k, v], dim=-1)
 
 
 class LoraAdapter(nn.Module):
@@ -125,51 +150,44 @@ class LoraAdapter(nn.Module):
         return cast(LowRank, both["q"]), cast(LowRank, both["v"])
 
     @contextmanager
-    def attached(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    def attached(self, blocks: Sequence[nn.Module], only: int | None = None) -> Iterator[None]:
         """Let the updates act on a ViT inside the `with` block.
 
         Args:
             blocks: All transformer blocks of the ViT.
+            only: Number of one block; None for all. A block that is not adapted stays as it is.
         """
-        undo: list[Callable[[], None]] = []
+        indices = [int(key) for key in self.blocks if only in (None, int(key))]
+        replaced: list[tuple[Any, str, nn.Module]] = []
         try:
-            for key in self.blocks:
-                index = int(key)
-                undo.extend(self._attach(_attention(blocks[index]), *self.pair(index)))
+            for index in indices:
+                attn = _attention(blocks[index])
+                for name, stand_in in self._stand_ins(attn, *self.pair(index)).items():
+                    replaced.append((attn, name, getattr(attn, name)))
+                    setattr(attn, name, stand_in)
             yield
         finally:
-            for step in undo:
-                step()
+            for attn, name, original in replaced:
+                setattr(attn, name, original)
 
-    def _attach(self, attn: Any, q: LowRank, v: LowRank) -> list[Callable[[], None]]:
-        """Attach to one attention and return what undoes it."""
+    def _stand_ins(self, attn: Any, q: LowRank, v: LowRank) -> dict[str, nn.Module]:
+        """Return what takes the place of layers of one attention.
 
-        def split_hook(update: LowRank) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-            return lambda _, args, out: out + self.scale * update(args[0])
-
-        def fused_hook(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-            old_q, key, old_v = out.chunk(3, dim=-1)
-            new_q = old_q + self.scale * q(args[0])
-            return torch.cat([new_q, key, old_v + self.scale * v(args[0])], dim=-1)
-
+        Stand-ins and not hooks, because torch.compile sees that a layer has become another type,
+        but not that a hook has come or gone.
+        """
         if attn.qkv is None:
-            return [
-                attn.q_proj.register_forward_hook(split_hook(q)).remove,
-                attn.v_proj.register_forward_hook(split_hook(v)).remove,
-            ]
+            return {
+                "q_proj": _Updated(attn.q_proj, q, self.scale),
+                "v_proj": _Updated(attn.v_proj, v, self.scale),
+            }
         if not _reads_weight_only(attn):
-            return [attn.qkv.register_forward_hook(fused_hook).remove]
-        # timm's EvaAttention with separate biases reads qkv.weight and never calls qkv: for the
-        # time being it gets a stand-in whose weight holds the update.
-        original = attn.qkv
+            return {"qkv": _UpdatedQkv(attn.qkv, q, v, self.scale)}
+        # timm's EvaAttention with separate biases reads qkv.weight and never calls qkv.
         stand_in = nn.Module()
-        stand_in.weight = original.weight + self._fused_update(q, v).to(original.weight.dtype)
-        attn.qkv = stand_in
-
-        def restore() -> None:
-            attn.qkv = original
-
-        return [restore]
+        weight = attn.qkv.weight
+        stand_in.weight = weight + self._fused_update(q, v).to(weight.dtype)
+        return {"qkv": stand_in}
 
     def _fused_update(self, q: LowRank, v: LowRank) -> Tensor:
         return self.scale * torch.cat([q.matrix(), torch.zeros_like(q.matrix()), v.matrix()])
@@ -302,13 +320,28 @@ def _attention(block: nn.Module) -> Any:
     """Return a block's attention; `qkv` of it is None when q, k, v are separate."""
     attn: Any = getattr(block, "attn", None)
     if attn is None or not hasattr(attn, "qkv"):
-        raise RecipeError(f"LoRA needs attn.qkv or attn.q_proj, which {type(block).__name__} lacks")
+        raise RecipeError(
+            f"LoRA needs attn.qkv or attn.q_proj, which this backbone's {type(block).__name__} "
+            "lacks: choose another backbone, or set lora_blocks to 0 and train the head alone"
+        )
     return attn
 
 
 def _reads_weight_only(attn: Any) -> bool:
     separate_bias = getattr(attn, "q_bias", None) is not None
     return separate_bias and not getattr(attn, "qkv_bias_separate", False)
+
+
+def adapts_stored_weight(blocks: Sequence[nn.Module]) -> bool:
+    """Return whether LoRA acts on a stored weight, because attention never calls its layer.
+
+    Args:
+        blocks: All transformer blocks of the ViT.
+
+    Returns:
+        True for some EVA models; everywhere else LoRA acts on what the layers return.
+    """
+    return any(_reads_weight_only(getattr(block, "attn", None)) for block in blocks)
 
 
 def _widths(block: nn.Module) -> tuple[int, int, int]:

@@ -6,6 +6,8 @@ The forward pass is cut in two: the trunk (frozen blocks, never any gradient gra
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import timm
@@ -15,9 +17,11 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from equifeat.errors import ModelNameError, RecipeError, WeightsError, suggest
 from equifeat.geometry.pixels import SizeHW, resize_by_factor
+from equifeat.model.compiled import CompiledBlocks, RunBlock, run_block
 from equifeat.model.feature_map import FeatureMap as FeatureMap
 from equifeat.model.feature_map import TrunkState as TrunkState
 from equifeat.model.weights import (
@@ -33,6 +37,15 @@ from equifeat.model.weights import (
 Position = Literal["timm", "reference"]
 # Modules of timm whose models are plain ViTs: one sequence of tokens through equal blocks.
 _PLAIN_VIT_MODULES = ("vision_transformer", "deit", "eva")
+# Why the ViTs of timm's other modules are not taken.
+_NOT_PLAIN = {
+    "naflexvit": "it packs images of several sizes into one sequence",
+    "vision_transformer_hybrid": "a convolutional network makes its tokens",
+    "vision_transformer_relpos": "its position biases fit one grid of patches only",
+    "vision_transformer_sam": "most of its blocks attend within windows",
+    "hieradet_sam2": "it pools tokens between its stages",
+    "beit": "its position biases fit one grid of patches only",
+}
 
 
 class Backbone(nn.Module):
@@ -85,6 +98,8 @@ class Backbone(nn.Module):
             value = torch.tensor(self.model.pretrained_cfg[key], dtype=torch.float32)
             self.register_buffer(key, value.view(3, 1, 1), persistent=False)
         self._hash: str | None = None
+        self.compute_dtype: torch.dtype | None = None
+        self.run_block: RunBlock = run_block
         self.eval()
 
     @property
@@ -119,9 +134,9 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Type of the weights, and of the tokens between blocks; see :meth:`compute_in`."""
         weight: Tensor = self.model.patch_embed.proj.weight
-        return weight.dtype
+        return weight.dtype if self.compute_dtype is None else torch.float32
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode whatever is asked: the backbone is frozen."""
@@ -146,6 +161,39 @@ class Backbone(nn.Module):
         self.source = source
         self._hash = None
 
+    def compute_in(self, dtype: torch.dtype, whole: Collection[nn.Module] = ()) -> None:
+        """Compute in mixed precision from now on, with a half-precision copy of the weights only.
+
+        Autocast rounds the weights of linear layers and convolutions before each use; here they
+        are kept rounded, which gives the same numbers to the bit and takes half the memory. All
+        else (norms, positions, the tokens between blocks) stays in float32. The hash stays that of
+        the float32 weights.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+            whole: Modules that keep their weights.
+
+        Raises:
+            ValueError: The weights are in half precision already, in another type.
+        """
+        if self.compute_dtype == dtype:
+            return
+        if self.dtype != torch.float32 or self.compute_dtype is not None:
+            now = self.compute_dtype or self.dtype
+            raise ValueError(f"the backbone is in {now} already: load it again for {dtype}")
+        self.weights_hash()
+        kept = {part for module in whole for part in module.modules()}
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module not in kept:
+                module.to(dtype)
+        self.compute_dtype = dtype
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.compute_dtype is None:
+            return nullcontext()
+        # As Lightning does; frozen weights are never in autocast's cache anyway.
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
+
     @torch.no_grad()
     def trunk(self, images: Float[Tensor, "b 3 h w"], tail_blocks: int = 0) -> TrunkState:
         """Run the frozen blocks. No gradient graph is built.
@@ -160,18 +208,25 @@ class Backbone(nn.Module):
         size_hw = (int(images.shape[-2]), int(images.shape[-1]))
         grid_hw = (size_hw[0] // self.patch_size, size_hw[1] // self.patch_size)
         x = (images.to(self.mean) - self.mean) / self.std
-        patches = self.model.patch_embed(x.to(self.dtype))
-        if self.position == "reference":
-            tokens = self._add_reference_position(patches, grid_hw)
-        else:
-            tokens = self.model._pos_embed(patches)
-        # Eva gives its rotary embedding too, which is made again for each part.
-        tokens = tokens[0] if self._eva else self.model.patch_drop(tokens)
-        tokens = self.model.norm_pre(tokens)
         done = self.depth - tail_blocks
-        return TrunkState(self._run(tokens, grid_hw, 0, done), grid_hw, size_hw, done)
+        with self._precision():
+            patches = self.model.patch_embed(x.to(self.dtype))
+            if self.position == "reference":
+                tokens = self._add_reference_position(patches, grid_hw)
+            else:
+                tokens = self.model._pos_embed(patches)
+            # Eva gives its rotary embedding too, which is made again for each part.
+            tokens = tokens[0] if self._eva else self.model.patch_drop(tokens)
+            tokens = self.model.norm_pre(tokens)
+            tokens = self._run(tokens, grid_hw, range(done))
+        return TrunkState(tokens, grid_hw, size_hw, done)
 
-    def tail(self, state: TrunkState) -> Float[Tensor, "b d h w"]:
+    def tail(
+        self,
+        state: TrunkState,
+        around: Callable[[int], AbstractContextManager[None]] | None = None,
+        recompute: bool = False,
+    ) -> Float[Tensor, "b d h w"]:
         """Run the remaining blocks and the final norm, with gradients if anything needs them.
 
         The norm is timm's `model.norm`; it is the identity for the few models that normalise only
@@ -179,25 +234,49 @@ class Backbone(nn.Module):
 
         Args:
             state: What :meth:`trunk` returned, on any device and in any floating type.
+            around: Gives the context in which the block of a number runs.
+            recompute: Keep only what enters each block, and run the block again for its gradients.
 
         Returns:
             Patch tokens as a map of h × w patches.
         """
         tokens = state.tokens.to(self.device, self.dtype)
-        tokens = self._run(tokens, state.grid_hw, state.blocks_done, self.depth)
-        patches: Tensor = self.model.norm(tokens)[:, self.num_prefix_tokens :]
+        blocks = range(state.blocks_done, self.depth)
+        with self._precision():
+            tokens = self._run(tokens, state.grid_hw, blocks, around, recompute)
+            patches: Tensor = self.model.norm(tokens)[:, self.num_prefix_tokens :]
         return patches.transpose(1, 2).reshape(len(patches), -1, *state.grid_hw)
 
-    def _run(self, tokens: Tensor, grid_hw: SizeHW, start: int, stop: int) -> Tensor:
-        """Run blocks start … stop - 1 as timm's own forward_features does."""
-        blocks = self.blocks[start:stop]
-        if not self._eva or self.model.rope is None:
-            for block in blocks:
-                tokens = block(tokens)
-            return tokens
-        rope = self.model.rope.get_embed(shape=grid_hw)
-        for index, block in enumerate(blocks, start):
-            tokens = block(tokens, rope=rope[index] if self.model.rope_mixed else rope)
+    def _run(
+        self,
+        tokens: Tensor,
+        grid_hw: SizeHW,
+        numbers: Iterable[int],
+        around: Callable[[int], AbstractContextManager[None]] | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Run blocks as timm's own forward_features does."""
+        has_rope = self._eva and self.model.rope is not None
+        rope: Any = self.model.rope.get_embed(shape=grid_hw) if has_rope else None
+
+        def run(tokens: Tensor, index: int, rehearse: bool = False) -> Tensor:
+            with nullcontext() if around is None else around(index):
+                own = rope[index] if has_rope and self.model.rope_mixed else rope
+                if rehearse and isinstance(self.run_block, CompiledBlocks):
+                    self.run_block.rehearse(self.model.blocks[index], tokens, own)
+                    return tokens
+                return self.run_block(self.model.blocks[index], tokens, own)
+
+        for index in numbers:
+            if isinstance(self.run_block, CompiledBlocks) and not self.run_block.rehearsed(tokens):
+                run(tokens, index, rehearse=True)
+            if recompute and torch.is_grad_enabled():
+                # Nothing is random in eval mode, so no random state is kept.
+                tokens = checkpoint(
+                    run, tokens, index, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens = run(tokens, index)
         return tokens
 
     def _add_reference_position(self, patches: Tensor, grid_hw: SizeHW) -> Tensor:
@@ -209,10 +288,11 @@ class Backbone(nn.Module):
         if tuple(grid_hw) != tuple(own_hw):
             grid = grid.transpose(1, 2).unflatten(2, own_hw)
             factor = ((grid_hw[0] + 0.1) / own_hw[0], (grid_hw[1] + 0.1) / own_hw[1])
-            grid = resize_by_factor(grid.float(), factor).to(patches.dtype)
+            grid = resize_by_factor(grid.float(), factor).to(self.dtype)
             grid = grid.flatten(2).transpose(1, 2)
         tokens: Tensor = patches.flatten(1, 2) + grid
-        first = [t for t in (model.cls_token, model.reg_token) if t is not None]
+        prefix_tokens = (model.cls_token, model.reg_token, getattr(model, "dist_token", None))
+        first = [token for token in prefix_tokens if token is not None]
         if not first:
             return tokens
         head = torch.cat(first, dim=1)
@@ -236,11 +316,11 @@ def resolve_name(name: str) -> str:
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
         known = [*timm.list_models(), *timm.list_models(pretrained=True)]
-        raise ModelNameError(f"timm knows no model {name!r}.{suggest(name, known)}")
-    if not timm.models.is_model_in_modules(arch, _PLAIN_VIT_MODULES):
         raise ModelNameError(
-            f"{name!r} is not a plain ViT: choose a model of timm's vision_transformer, deit or eva"
+            f"timm {timm.__version__} knows no model {name!r}.{suggest(name, known)}"
         )
+    if not timm.models.is_model_in_modules(arch, _PLAIN_VIT_MODULES):
+        raise ModelNameError(f"{name!r} is not a plain ViT{_why_not(arch)}")
     if not tag:
         default = timm.models.get_pretrained_cfg(arch)
         tag = (default.tag if default is not None else "") or ""
@@ -249,6 +329,16 @@ def resolve_name(name: str) -> str:
         near = suggest(name, tags) or (f" Did you mean {', '.join(tags[:3])}?" if tags else "")
         raise ModelNameError(f"timm has no weights {name!r} of the model {arch!r}.{near}")
     return f"{arch}.{tag}" if tag else arch
+
+
+def _why_not(arch: str) -> str:
+    """Say why a model is refused and what to take instead."""
+    module = timm.model_entrypoint(arch).__module__.rsplit(".", 1)[-1]
+    reason = f" ({_NOT_PLAIN[module]})" if module in _NOT_PLAIN else ""
+    plain = arch.replace("naflexvit", "vit", 1)
+    if plain != arch and timm.is_model(plain):
+        return f"{reason}: choose {plain!r}"
+    return f"{reason}: choose a model of timm's vision_transformer, deit or eva"
 
 
 def load_backbone(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equifeat.errors import ImageError, KeypointError, RecipeError
 from equifeat.geometry.pixels import SizeHW, inside, resize
-from equifeat.model.adapter import LoraAdapter
+from equifeat.model.adapter import LoraAdapter, adapts_stored_weight
 from equifeat.model.backbone import Backbone, Position, load_backbone
 from equifeat.model.feature_map import FeatureMap, TrunkState
 from equifeat.model.head import Head, HeadKind
@@ -30,6 +30,9 @@ class FeatureExtractor(nn.Module):
         adapter: LoRA of the last blocks, or None.
         head: Refinement of the feature map.
     """
+
+    recompute: bool = False
+    """Whether the tail's blocks run again for their gradients instead of keeping activations."""
 
     def __init__(
         self, backbone: Backbone, adapter: LoraAdapter | None = None, head: Head | None = None
@@ -140,10 +143,26 @@ class FeatureExtractor(nn.Module):
                 f"the state has passed {state.blocks_done} blocks, but adapted blocks begin after "
                 f"{self.backbone.depth - self.tail_blocks}: make it with this extractor's trunk()"
             )
-        adapter = self.adapter
-        with nullcontext() if adapter is None else adapter.attached(self.backbone.blocks):
-            features = self.backbone.tail(state)
+        around = None if self.adapter is None else self._attached
+        features = self.backbone.tail(state, around, self.recompute)
         return FeatureMap(self.head(features), state.size_hw)
+
+    def _attached(self, index: int) -> AbstractContextManager[None]:
+        assert self.adapter is not None
+        return self.adapter.attached(self.backbone.blocks, only=index)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Run the ViT in mixed precision, with a half-precision copy of its weights only.
+
+        What trains stays in float32. The backbone changes for all that share it.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+        """
+        blocks = self.backbone.blocks
+        # Where LoRA is added to a stored weight, rounding that weight would lose small updates.
+        adds = self.adapter is not None and adapts_stored_weight(blocks)
+        self.backbone.compute_in(dtype, blocks[-self.tail_blocks :] if adds else ())
 
     def grid_hw(self, size_hw: SizeHW, resolution: int | None = None) -> SizeHW:
         """Return how many patches an image of some size is resized to.
@@ -188,7 +207,14 @@ class FeatureExtractor(nn.Module):
 
         Returns:
             An extractor with a backbone of its own and no adapter; for export, not for saving.
+
+        Raises:
+            ValueError: Only a half-precision copy of the weights is left.
         """
+        if self.backbone.compute_dtype is not None:
+            raise ValueError(
+                f"the weights are in {self.backbone.compute_dtype}: load the model folder to merge"
+            )
         out = copy.deepcopy(self)
         if out.adapter is not None:
             out.adapter.fold_into(out.backbone.blocks)

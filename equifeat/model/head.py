@@ -50,6 +50,8 @@ class Head(nn.Module):
             bound = 1.0 / math.sqrt(dim * 9)  # what nn.Conv2d.reset_parameters does
             nn.init.kaiming_uniform_(self.conv.weight, a=math.sqrt(5), generator=generator)
             nn.init.uniform_(self.conv.bias, -bound, bound, generator=generator)
+        # A map of tokens has its channels last already.
+        self.conv.to(memory_format=torch.channels_last)
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         """Refine a feature map.
