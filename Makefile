@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cycles lint clean
+.PHONY: demo test test-cycles test-slurm lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/equifeat demo --out demo_out
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-dev
 CYCLES_PYTHON ?= $(HOME)/.local/share/equifeat/cycles/bin/python
 test-cycles: $(VENV)/.installed-dev
 	EQUIFEAT_CYCLES_PYTHON=$(CYCLES_PYTHON) $(BIN)/python -m pytest tests/data_prep/test_cycles.py
+
+# Installs Debian's SLURM where it is missing and starts one of two nodes for the tests.
+test-slurm: $(VENV)/.installed-dev
+	eval "$$(tests/slurm/setup.sh)"; PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slurm tests/slurm; code=$$?; tests/slurm/setup.sh stop; exit $$code
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -65,7 +65,8 @@ def save_model(
         if extractor.adapter is not None:
             blocks, name = extractor.backbone.blocks, extractor.backbone.name
             extractor.adapter.save_peft(new, blocks, name)
-        head = {key: value.detach().cpu() for key, value in extractor.head.state_dict().items()}
+        head = extractor.head.state_dict()
+        head = {key: value.detach().cpu().contiguous() for key, value in head.items()}
         if head:
             save_file(head, new / HEAD_WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(

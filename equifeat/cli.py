@@ -41,6 +41,7 @@ COMMANDS = {
     ),
     "pack": Command("data_prep.pack:pack_command", "views to Parquet shards", ("views",)),
     "fit": Command("equifeat.train.cli:main", "finetune from a recipe (LightningCLI)"),
+    "submit": Command("equifeat.submit:submit_command", "a recipe to SLURM", ("recipe",)),
     "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
     "evaluate equivariance": Command(
         "equifeat.commands:equivariance", "APE and PCDP of models on views", ("--model",)
@@ -126,7 +127,8 @@ def underscored(word: str) -> str:
         The word, with underscores in its option's name.
     """
     option, equals, value = word.partition("=")
-    if not option.startswith("--"):
+    # a word with a space in it is a value that only looks like an option
+    if not option.startswith("--") or " " in option:
         return word
     return "--" + option[2:].replace("-", "_") + equals + value
 

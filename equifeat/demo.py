@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import shutil
 import sys
@@ -14,7 +12,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
 
 from data_prep.procedural import object_name, write_procedural
 from data_prep.render import ObjectReport, RenderOptions, find_meshes, render_many
@@ -22,70 +19,25 @@ from data_prep.viewpoints import ViewpointOptions
 from equifeat.checkpoint import load_model, save_model
 from equifeat.data.datamodule import PairDataModule
 from equifeat.data.views import ObjectViews, open_views
-from equifeat.demo_report import RAW, UNTRAINED, card, demo_report, summary
+from equifeat.demo_report import RAW, UNTRAINED, demo_report, summary
 from equifeat.errors import MeshError, RecipeError
 from equifeat.eval.equivariance import evaluate_equivariance
+from equifeat.eval.shared_trunk import SharedTokens, SharedTrunk
 from equifeat.files import atomic_file
-from equifeat.model.extractor import FeatureExtractor
-from equifeat.model.feature_map import FeatureMap, TrunkState
 from equifeat.model.weights import PACKAGED_BACKBONE
 from equifeat.progress import progress
-from equifeat.train.cli import quiet, run_callbacks, run_loggers
+from equifeat.train.checkpoints import latest_checkpoint
+from equifeat.train.cli import quiet
+from equifeat.train.loggers import losses, run_loggers
 from equifeat.train.module import EquivariantFinetune
+from equifeat.train.run_folder import run_callbacks, run_lock
+from equifeat.train.signals import signals_restored
 
 # Seeds of the procedural objects: one to train on, the others never seen in training.
 _TRAIN_SEED, _EVAL_SEEDS = 0, range(100, 106)
 _TRAIN_VIEWS, _EVAL_VIEWS = 42, 5
 _EVAL_ELEVATION = (10.0, 40.0)
 _KEYPOINTS = 500
-
-
-class SharedTrunk(nn.Module):
-    """One of several models on one backbone: what they have in common is computed once a view.
-
-    The frozen blocks are common to all; the raw ViT's own last blocks are common to those whose
-    adapter is still zero, since such an adapter changes nothing, to the bit.
-
-    Args:
-        extractor: The model.
-        shared: Results by image, the same dictionary for all models.
-        first: The model with the most adapted blocks; it makes the tokens.
-    """
-
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        shared: dict[bytes, tuple[TrunkState, Tensor]],
-        first: FeatureExtractor,
-    ) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.shared = shared
-        self.first = first
-        adapter = extractor.adapter
-        self.is_raw = adapter is None or not any(
-            bool(update.b.any()) for key in adapter.blocks for update in adapter.pair(int(key))
-        )
-
-    def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
-        """Return the model's features; see FeatureExtractor.dense.
-
-        Args:
-            images: (1, 3, H, W) RGB in [0, 1].
-            resolution: Patches on the longer side.
-
-        Returns:
-            The feature map.
-        """
-        key = hashlib.sha256(images.cpu().numpy().tobytes()).digest()
-        with torch.no_grad():
-            if key not in self.shared:
-                state = self.first.trunk(images, resolution)
-                self.shared[key] = state, self.first.raw().tail(state).features
-            state, raw = self.shared[key]
-            if self.is_raw:
-                return FeatureMap(self.extractor.head(raw), state.size_hw)
-            return self.extractor.tail(state)
 
 
 def parse_steps(text: str) -> list[int]:
@@ -171,7 +123,7 @@ def demo(
     )
     result.save(out / "equivariance.json")
     trained = models[_after(wanted[-1])].extractor
-    save_model(trained, out / "model", {**options, "steps": wanted[-1]}, card(result))
+    save_model(trained, out / "model", {**options, "steps": wanted[-1]}, result.card())
     details = {**options, "steps": steps, "renderer": renderer_used}
     seconds = time.monotonic() - start
     demo_report(out, result, models, wanted, losses(out / "run"), train, held_out, details, seconds)
@@ -238,11 +190,20 @@ def _train(out: Path, views: Path, wanted: Sequence[int], options: Mapping[str, 
     folders = [run / f"step_{step:06d}" for step in (0, *wanted)]
     if all(folder.is_dir() for folder in folders):
         return
-    last = run / "checkpoints" / "last.ckpt"
-    reached = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+    with quiet(), signals_restored(), run_lock(run):
+        _fit(run, views, wanted, options)
+
+
+def _fit(run: Path, views: Path, wanted: Sequence[int], options: Mapping[str, Any]) -> None:
+    """Train up to the last wanted step."""
+    folders = [run / f"step_{step:06d}" for step in (0, *wanted)]
+    last = latest_checkpoint(run / "checkpoints")
+    reached = int(last[1]["global_step"]) if last else 0
     missing = [s for s, f in zip((0, *wanted), folders, strict=True) if not f.is_dir()]
     if min(missing) < reached:  # a step that the run has passed without exporting it
-        shutil.rmtree(run)
+        for path in (run / "checkpoints", run / "logs"):
+            shutil.rmtree(path, ignore_errors=True)
+        last, reached = None, 0
     pl.seed_everything(options["seed"], verbose=False)
     module = EquivariantFinetune(
         options["backbone"],
@@ -254,21 +215,20 @@ def _train(out: Path, views: Path, wanted: Sequence[int], options: Mapping[str, 
         seed=options["seed"],
     )
     data = PairDataModule(views, seed=options["seed"], num_keypoints=_KEYPOINTS, augment=False)
-    with quiet():
-        trainer = pl.Trainer(
-            max_steps=max(wanted),
-            accelerator="auto",
-            devices=1,
-            gradient_clip_val=1.0,
-            log_every_n_steps=1,
-            default_root_dir=run,
-            logger=run_loggers(run),
-            callbacks=run_callbacks(run, save_every=25, steps=(0, *wanted)),
-            enable_progress_bar=sys.stderr.isatty(),
-            enable_model_summary=False,
-        )
-        resume = "last" if last.is_file() else None
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    trainer = pl.Trainer(
+        max_steps=max(wanted),
+        accelerator="auto",
+        devices=1,
+        gradient_clip_val=1.0,
+        log_every_n_steps=1,
+        default_root_dir=run,
+        logger=run_loggers(run, start=reached),
+        callbacks=run_callbacks(run, save_every=25, steps=(0, *wanted)),
+        enable_progress_bar=sys.stderr.isatty(),
+        enable_model_summary=False,
+    )
+    resume = str(last[0]) if last else None
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
 
 
 def _models(out: Path, wanted: Sequence[int]) -> dict[str, SharedTrunk]:
@@ -278,7 +238,7 @@ def _models(out: Path, wanted: Sequence[int]) -> dict[str, SharedTrunk]:
     for step in wanted:
         folder = out / "run" / f"step_{step:06d}"
         models[_after(step)] = load_model(folder, _device(), backbone=first.backbone)
-    shared: dict[bytes, tuple[TrunkState, Tensor]] = {}
+    shared = SharedTokens()
     return {name: SharedTrunk(model.eval(), shared, first) for name, model in models.items()}
 
 
@@ -288,22 +248,3 @@ def _after(step: int) -> str:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Read the training loss of a run from the CSV files of all its starts.
-
-    Args:
-        run: Folder of the run.
-
-    Returns:
-        Loss by optimiser step, counted from 1.
-    """
-    found: dict[int, float] = {}
-    # version_10 comes after version_9
-    for file in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda f: f.stat().st_mtime):
-        with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                if row.get("train/loss"):
-                    found[int(row["step"]) + 1] = float(row["train/loss"])
-    return found

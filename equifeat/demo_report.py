@@ -98,22 +98,6 @@ def summary(result: EquivarianceResult, steps: Sequence[int]) -> list[str]:
     return lines
 
 
-def card(result: EquivarianceResult) -> dict[str, Any]:
-    """Return the facts for the model card.
-
-    Args:
-        result: Scores.
-
-    Returns:
-        What equifeat.checkpoint.save_model takes as card.
-    """
-    header, *rows = result.cells()
-    return {
-        "results": [dict(zip(header, row, strict=True)) for row in rows],
-        "note": result.caption(),
-    }
-
-
 def _shared(obj: ObjectViews) -> Tensor:
     """(V, V) share of the surface of view j that view i sees, 0 where the view change is small."""
     shares = torch.zeros(len(obj), len(obj))

@@ -62,6 +62,14 @@ class RecipeError(EquifeatError):
     """A recipe or option that is wrong."""
 
 
+class SubmitError(EquifeatError):
+    """A job that SLURM does not take, or no SLURM at all."""
+
+
+class TrainingError(EquifeatError):
+    """A run that cannot go on."""
+
+
 class MissingExtraError(EquifeatError):
     """An optional package that is not installed.
 

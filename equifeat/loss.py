@@ -2,7 +2,8 @@
 
 Both call two pixels a positive pair when their object points are at most ``pos_radius`` apart, a
 negative pair when they are farther apart than ``neg_radius``, and ignore what lies between. Only
-view 0 → view 1 is scored, as in the reference (3DCorrEnhance, arXiv 2411.19458).
+view 0 → view 1 is scored, as in the reference (3DCorrEnhance, arXiv 2411.19458). Descriptors of
+other pairs may be given as further negatives; they never are positives.
 """
 
 from __future__ import annotations
@@ -40,12 +41,27 @@ class SmoothAPTerms(NamedTuple):
     top1: Tensor
 
 
+class ExtraNegatives(NamedTuple):
+    """Descriptors of other pairs that a pair's view 0 is compared with.
+
+    Attributes:
+        descriptors: (E, D) L2-normalised, with their graph.
+        points3d: (E, 3) their points in the coordinates of their own object.
+        same_object: (E,) true where that object is the pair's own: such a descriptor is a negative
+            only beyond neg_radius. Points of any other object always are.
+    """
+
+    descriptors: Tensor
+    points3d: Tensor
+    same_object: Tensor
+
+
 class _Problem(NamedTuple):
     """Rows of view 0 that have a positive, and their pairs sorted by row.
 
     Attributes:
-        similarity: (R, M) with its graph, float32 or float64.
-        negative: (R, M).
+        similarity: (R, M + E) with its graph, float32 or float64; extra negatives come last.
+        negative: (R, M + E).
         row: (P,) index into the R rows, ascending.
         col: (P,) index into the M descriptors.
         single: Whether every row has exactly one positive.
@@ -100,6 +116,7 @@ def _problem(
     points3d1: Tensor,
     pos_radius: float,
     neg_radius: float,
+    extra: ExtraNegatives | None,
 ) -> _Problem:
     pairs_row, col = _within(points3d0, points3d1, pos_radius).nonzero(as_tuple=True)
     rows, row = torch.unique_consecutive(pairs_row, return_inverse=True)
@@ -107,7 +124,12 @@ def _problem(
     if len(rows) < len(points3d0):
         descriptors0, points3d0 = descriptors0[rows], points3d0[rows]
     negative = _within(points3d0, points3d1, neg_radius).logical_not_()
-    similarity = _upcast(descriptors0) @ _upcast(descriptors1).mT
+    descriptors1 = _upcast(descriptors1)
+    if extra is not None:
+        near = _within(points3d0, extra.points3d, neg_radius).logical_and_(extra.same_object)
+        negative = torch.cat([negative, near.logical_not_()], dim=1)
+        descriptors1 = torch.cat([descriptors1, _upcast(extra.descriptors)])
+    similarity = _upcast(descriptors0) @ descriptors1.mT
     return _Problem(similarity, negative, row, col, single)
 
 
@@ -222,6 +244,7 @@ def smooth_ap_terms(
     neg_radius: float = 0.1,
     variant: Literal["reference"] = "reference",
     chunk: int | None = None,
+    extra: ExtraNegatives | None = None,
 ) -> SmoothAPTerms:
     """:func:`smooth_ap` with the numbers that are logged beside it.
 
@@ -235,6 +258,7 @@ def smooth_ap_terms(
         neg_radius: See :func:`smooth_ap`.
         variant: See :func:`smooth_ap`.
         chunk: See :func:`smooth_ap`.
+        extra: See :func:`smooth_ap`.
 
     Returns:
         The loss, the number of positives, and detached mean AP and top-1 share.
@@ -252,6 +276,7 @@ def smooth_ap_terms(
         neg_radius=neg_radius,
         variant=variant,
         chunk=chunk,
+        extra=extra,
     )
     if not len(problem.row):
         nan = loss.new_full((), float("nan"))
@@ -273,6 +298,7 @@ def smooth_ap(
     neg_radius: float = 0.1,
     variant: Literal["reference"] = "reference",
     chunk: int | None = None,
+    extra: ExtraNegatives | None = None,
 ) -> Float[Tensor, ""]:
     """Return 1 minus the smoothed average precision of every positive pair, averaged.
 
@@ -299,6 +325,7 @@ def smooth_ap(
         variant: "reference", the published averaging of the two forms.
         chunk: Positives handled at once; chosen by the device when None. The result does not
             depend on it beyond rounding.
+        extra: Further negatives from other pairs: N grows by theirs, M by E.
 
     Returns:
         Scalar from 0 to 1; 0 with zero gradients when there is no positive.
@@ -316,6 +343,7 @@ def smooth_ap(
         neg_radius=neg_radius,
         variant=variant,
         chunk=chunk,
+        extra=extra,
     )
     return loss
 
@@ -331,6 +359,7 @@ def _smooth_ap(
     neg_radius: float,
     variant: str,
     chunk: int | None,
+    extra: ExtraNegatives | None,
 ) -> tuple[Tensor, _Problem]:
     _check(pos_radius, neg_radius, tau)
     if variant != "reference":
@@ -338,7 +367,9 @@ def _smooth_ap(
     if chunk is not None and chunk < 1:
         raise RecipeError(f"chunk={chunk} must be at least 1.")
     with torch.autocast(device_type=descriptors0.device.type, enabled=False):
-        problem = _problem(descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius)
+        problem = _problem(
+            descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius, extra
+        )
         similarity = problem.similarity
         if not len(problem.row):
             return similarity.sum(), problem
@@ -359,6 +390,7 @@ def info_nce(
     temperature: float = 0.05,
     pos_radius: float = 5e-3,
     neg_radius: float = 0.1,
+    extra: ExtraNegatives | None = None,
 ) -> Float[Tensor, ""]:
     """Return InfoNCE with several positives a row, averaged over the positive pairs.
 
@@ -378,6 +410,7 @@ def info_nce(
         temperature: Temperature T.
         pos_radius: Positives are at most this far apart, in object units.
         neg_radius: Negatives are farther apart than this.
+        extra: Further negatives from other pairs.
 
     Returns:
         Scalar ≥ 0; 0 with zero gradients when there is no positive.
@@ -387,7 +420,9 @@ def info_nce(
     """
     _check(pos_radius, neg_radius, temperature)
     with torch.autocast(device_type=descriptors0.device.type, enabled=False):
-        problem = _problem(descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius)
+        problem = _problem(
+            descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius, extra
+        )
         if not len(problem.row):
             return problem.similarity.sum()
         logits = problem.similarity / temperature
@@ -397,4 +432,11 @@ def info_nce(
         return torch.logaddexp(gap, torch.zeros_like(gap)).mean()
 
 
-__all__ = ["SmoothAPTerms", "count_positives", "info_nce", "smooth_ap", "smooth_ap_terms"]
+__all__ = [
+    "ExtraNegatives",
+    "SmoothAPTerms",
+    "count_positives",
+    "info_nce",
+    "smooth_ap",
+    "smooth_ap_terms",
+]

@@ -16,11 +16,13 @@ import torch
 
 from equifeat.checkpoint import load_model
 from equifeat.data.images import read_image
-from equifeat.demo import SharedTrunk, demo, parse_steps
+from equifeat.demo import demo, parse_steps
 from equifeat.errors import RecipeError
 from equifeat.eval.equivariance_result import EquivarianceResult
+from equifeat.eval.shared_trunk import SharedTokens, SharedTrunk
 from equifeat.model.extractor import build_extractor
 from equifeat.model.weights import packaged_available
+from equifeat.train.checkpoints import checkpoints
 from tests.helpers import ROOT
 
 TINY = {"backbone": "test_vit.r160_in1k", "weights": "random", "resolution": 96}
@@ -67,13 +69,13 @@ def test_a_killed_demo_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     command += ["--steps", "40", "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-    checkpoint = out / "run/checkpoints/last.ckpt"
+    folder = out / "run/checkpoints"
     deadline = time.monotonic() + 200
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists()
+    assert checkpoints(folder)
     assert not (out / "report.html").exists()
     tiny_demo(out, steps="40")
     whole, broken = (load_model(folder / "model") for folder in (tmp_path / "whole", out))
@@ -90,9 +92,9 @@ def test_sharing_changes_nothing() -> None:
         for value in trained.trainable_parameters().values():
             value.add_(torch.randn_like(value) * 0.1)
     models["trained"] = trained
-    shared: dict[bytes, object] = {}
+    shared = SharedTokens()
     for model in models.values():
-        ours = SharedTrunk(model, shared, first).dense(image)  # type: ignore[arg-type]
+        ours = SharedTrunk(model, shared, first).dense(image)
         assert torch.equal(ours.features, model.dense(image).features)
     assert len(shared) == 1
 

@@ -17,8 +17,11 @@ BASE = ["errors", "seeding", "_version", "files", "progress"]
 SIBLINGS = ["data", "model", "loss", "metrics"]
 MIDDLE = [*BASE, "geometry", *SIBLINGS]
 # What the module is made of; it sees them, they do not see it.
-STEP = [f"train.{name}" for name in ("objective", "negatives", "distributed", "sharded")]
-TRAIN = ["train.module", "train.trunk_cache", "train.callbacks", "train.schedule", *STEP]
+STEP = [
+    f"train.{name}"
+    for name in ("objective", "negatives", "distributed", "sharded", "precision", "schedule")
+]
+TRAIN = ["train.module", "train.trunk_cache", "train.callbacks", *STEP]
 UPPER = [*MIDDLE, "checkpoint", *TRAIN]
 TOP = [*UPPER, "eval", "options", "train", "export", "draw", "viz", "report"]
 ALLOWED: dict[str, list[str]] = {
@@ -38,14 +41,16 @@ ALLOWED: dict[str, list[str]] = {
     **{name: [*MIDDLE, "checkpoint", *STEP] for name in STEP},
     "train.trunk_cache": [*UPPER],
     "train.callbacks": [*UPPER],
-    "train.schedule": [*BASE],
     "eval": [*MIDDLE, "checkpoint", "eval"],
+    "train.watch": [*UPPER, "eval", "draw", "viz", "train"],
+    "train.watch_picture": [*MIDDLE, "eval", "draw", "viz"],
     "train": [*UPPER, "eval", "options", "train"],
     "export": [*TOP],
     "draw": [*BASE, "geometry"],
     "viz": [*UPPER, "eval", "draw"],
     "report": [*BASE, "draw", "viz"],
     "commands": [*TOP],
+    "submit": [*TOP],
     "demo_report": [*TOP],
     "demo": [*TOP, "commands", "demo_report"],
     "cli": [*TOP, "commands", "demo"],

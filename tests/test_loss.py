@@ -12,7 +12,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from equifeat.errors import RecipeError
-from equifeat.loss import count_positives, info_nce, smooth_ap, smooth_ap_terms
+from equifeat.loss import (
+    ExtraNegatives,
+    count_positives,
+    info_nce,
+    smooth_ap,
+    smooth_ap_terms,
+)
 from tests.eval.allocations import Allocations
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -187,6 +193,65 @@ def test_terms() -> None:
     none = smooth_ap_terms(*problem(5, 5, 0))
     assert none.num_positives == 0
     assert math.isnan(float(none.mean_ap))
+
+
+def extras(inputs: Inputs, count: int) -> ExtraNegatives:
+    """Descriptors of other pairs: half of another object, half of the same one."""
+    d0, _, p0, _ = inputs
+    g = torch.Generator().manual_seed(11)
+    d = F.normalize(torch.randn(count, 8, generator=g, dtype=torch.float64), dim=-1).to(d0.dtype)
+    points = torch.rand(count, 3, generator=g, dtype=torch.float64).to(p0.dtype) - 0.5
+    same = torch.arange(count) % 2 == 0
+    # Every fourth lies where a point of the pair is, once on its object and once on another one.
+    points[::4], points[1::4] = p0[0] + 1e-4, p0[0] + 1e-4
+    return ExtraNegatives(d.requires_grad_(), points, same)
+
+
+@pytest.mark.parametrize(("tau", "loss"), [(0.05, smooth_ap), (0.2, info_nce)])
+@pytest.mark.parametrize("case", CASES)
+def test_extra_negatives_are_columns_that_are_never_positive(
+    case: Inputs, loss: Callable[..., Tensor], tau: float
+) -> None:
+    d0, d1, p0, p1 = case
+    extra = extras(case, 12)
+    name = "tau" if loss is smooth_ap else "temperature"
+    ours = loss(*case, extra=extra, **{name: tau})
+    terms = []
+    for i in range(len(d0)):
+        s, others = d1 @ d0[i], extra.descriptors @ d0[i]
+        distance = (p1 - p0[i]).norm(dim=-1)
+        far = ((extra.points3d - p0[i]).norm(dim=-1) > 0.1) | ~extra.same_object
+        negatives = torch.cat([s[distance > 0.1], others[far]])
+        for j in (distance < 5e-3).nonzero()[:, 0].tolist():
+            if loss is info_nce:
+                logits = torch.cat([s[j : j + 1], negatives]) / tau
+                terms.append(-F.log_softmax(logits, dim=0)[0])
+                continue
+            a, b = 1.0 + sigma(s[j] - 1.0, tau), 1.0 + sigma(1.0 - s[j], tau)
+            ap1 = a / (a + sigma(negatives - 1.0, tau).sum())
+            ap2 = b / (b + sigma(negatives - s[j], tau).sum())
+            terms.append(1.0 - (ap1 + ap2) / 2.0)
+    plain = torch.stack(terms).mean()
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=0.0)
+    inputs = (d0, d1, extra.descriptors)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+        assert a.abs().sum() > 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_extra_negatives_and_no_positives_with_them(loss: Callable[..., Tensor]) -> None:
+    case = problem(12, 9, 6)
+    assert torch.equal(loss(*case, extra=extras(case, 0)), loss(*case))
+    none = problem(12, 9, 0)
+    extra = extras(none, 5)
+    value = loss(*none, extra=extra)
+    assert float(value.detach()) == 0.0
+    # The graph reaches them all the same: under DDP every rank must take part.
+    for grad in torch.autograd.grad(value, (*none[:2], extra.descriptors)):
+        assert not grad.any()
 
 
 def test_better_descriptors_have_a_smaller_loss() -> None:

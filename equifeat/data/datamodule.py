@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from equifeat.data.augment import Augment
@@ -13,6 +15,7 @@ from equifeat.data.batch import PairBatch as PairBatch
 from equifeat.data.batch import collate_pairs as collate_pairs
 from equifeat.data.pairs import Pair, PairSource, Sampler
 from equifeat.data.views import CaptureOptions, Layout, open_views
+from equifeat.data.workers import shield_worker
 from equifeat.errors import EquifeatError, RecipeError
 
 
@@ -103,11 +106,21 @@ class DrawSampler(DistributedSampler[int]):
 
 
 class DrawLoader(DataLoader[Pair]):
-    """A DataLoader whose place in the run is saved and restored by Lightning."""
+    """A DataLoader whose place in the run is saved and restored by Lightning.
+
+    Attributes:
+        seconds_waited: Seconds that whoever iterates has waited for batches so far.
+    """
+
+    seconds_waited = 0.0
 
     def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            started = time.monotonic()
+            for batch in super().__iter__():
+                self.seconds_waited += time.monotonic() - started
+                yield batch
+                started = time.monotonic()
         except EquifeatError as error:
             # A worker's error comes with its traceback as text; its last line is the sentence.
             last = str(error).rstrip().rsplit("\n", 1)
@@ -140,7 +153,7 @@ class PairDataModule(pl.LightningDataModule):
     Args:
         views: A view folder or a folder of them, to train on.
         val_views: The same for validation; None trains without.
-        seed: Seed of the draws.
+        seed: Seed of the draws; None follows seed_everything in a recipe and is 0 elsewhere.
         batch_size: Pairs in a batch of one rank.
         num_workers: Loader processes of one rank; any number gives the same draws.
         sampler: "covisible" (true matches) or "reference" (independent mask pixels).
@@ -162,7 +175,7 @@ class PairDataModule(pl.LightningDataModule):
         self,
         views: str | Path,
         val_views: str | Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
         sampler: Sampler = "covisible",
@@ -185,7 +198,7 @@ class PairDataModule(pl.LightningDataModule):
             )
         self.views = Path(views)
         self.val_views = None if val_views is None else Path(val_views)
-        self.seed = seed
+        self.seed = seed or 0
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.sampler: Sampler = sampler
@@ -287,6 +300,9 @@ class PairDataModule(pl.LightningDataModule):
             drop_last=True,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
+            worker_init_fn=shield_worker,
+            # Its own: an epoch begun by a resumed run must not move the global random numbers.
+            generator=torch.Generator(),
         )
 
     def _trained_batches(self) -> int:

@@ -150,6 +150,11 @@ class PairSource(Dataset[Pair]):
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def num_view_pairs(self) -> int:
+        """Number of pairs of views that draws choose from, over all objects."""
+        return sum(len(pairs) for pairs in self._pairs)
+
     def __getitem__(self, draw: int) -> Pair:
         return self.draw(draw)
 

@@ -221,6 +221,67 @@ def evaluate_equivariance(
     return EquivarianceResult(config, tuple(named), tuple(rows))
 
 
+class PairMatches(NamedTuple):
+    """What a model finds for points of view 0 in view 1.
+
+    Attributes:
+        xy0: (N, 2) pixels of view 0.
+        found: (N, 2) pixels of view 1 with the nearest descriptors.
+        true: (N, 2) pixels of view 1 where the points are.
+        errors: (N,) distances of found from true over the normaliser.
+    """
+
+    xy0: Tensor
+    found: Tensor
+    true: Tensor
+    errors: Tensor
+
+
+def match_points(
+    models: Mapping[str, HasDense],
+    obj: PosedObject,
+    pair: tuple[int, int],
+    *,
+    points: int = 60,
+    target_stride: int = 2,
+    normalizer: Normalizer = "box",
+    resolution: int | None = None,
+    budget_bytes: int = DEFAULT_BUDGET,
+    device: torch.device | str | None = None,
+) -> dict[str, PairMatches]:
+    """Match points of a pair as :func:`evaluate_equivariance` does, to draw them.
+
+    Args:
+        models: Models by name.
+        obj: The object.
+        pair: Indices of view 0 and view 1.
+        points: Most points; they are spread evenly over the covisible ones, the same every time.
+        target_stride: See :func:`evaluate_equivariance`.
+        normalizer: See :func:`evaluate_equivariance`.
+        resolution: See :func:`evaluate_equivariance`.
+        budget_bytes: See :func:`evaluate_equivariance`.
+        device: See :func:`evaluate_equivariance`.
+
+    Returns:
+        Matches by model, on the CPU.
+    """
+    device = device or _device_of(next(iter(models.values())))
+    scorer = _ObjectScorer(obj, models, resolution, normalizer, budget_bytes, device)
+    every = scorer.points(*pair)
+    keep = torch.linspace(0, len(every.xy0) - 1, min(points, len(every.xy0))).long()
+    xy0, true = every.xy0[keep], every.xy1[keep]
+    targets = _target_pixels(scorer.view(pair[1]).mask, target_stride)
+    found = {}
+    with torch.no_grad():
+        for model in models:
+            ours = scorer.descriptors(model, pair[0], xy0)
+            theirs = scorer.descriptors(model, pair[1], targets)
+            to = targets[nearest(ours, theirs, budget_bytes).matches0.to(targets.device)]
+            errors = matching_errors(to, true, scorer.length(pair[1]))
+            found[model] = PairMatches(xy0, to, true, errors)
+    return found
+
+
 def has_masks(obj: PosedObject) -> bool:
     """Say whether the masks of an object's views are silhouettes.
 

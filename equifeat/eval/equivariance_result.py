@@ -280,6 +280,18 @@ class EquivarianceResult:
         lines = [_html_row("th", header), *(_html_row("td", row) for row in rows)]
         return "<table>\n" + "\n".join(lines) + "\n</table>"
 
+    def card(self) -> dict[str, Any]:
+        """Return the facts for a model card.
+
+        Returns:
+            What equifeat.checkpoint.save_model takes as card.
+        """
+        header, *rows = self.cells()
+        return {
+            "results": [dict(zip(header, row, strict=True)) for row in rows],
+            "note": self.caption(),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; the summaries are for readers, not read back.
 

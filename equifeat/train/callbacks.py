@@ -90,7 +90,8 @@ class PlainProgress(pl.Callback):
     ) -> None:
         """Write a line when the last one is old enough or the run ends."""
         now, step = time.monotonic(), trainer.global_step
-        if now - self._last < self.seconds and step != trainer.max_steps:
+        quiet = now - self._last < self.seconds and step != trainer.max_steps
+        if quiet or not trainer.is_global_zero:
             return
         self._last = now
         rate = (step - self._first_step) / max(now - self._started, 1e-9)

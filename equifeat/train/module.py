@@ -12,10 +12,14 @@ from torch import Tensor
 from equifeat.checkpoint import load_trainable_state, trainable_state
 from equifeat.data.batch import PairBatch
 from equifeat.errors import RecipeError
-from equifeat.loss import info_nce, smooth_ap_terms
+from equifeat.model.compiled import CompiledBlocks
 from equifeat.model.extractor import build_extractor
 from equifeat.model.feature_map import FeatureMap
+from equifeat.train.negatives import NegativesKind, check_negatives
+from equifeat.train.objective import LossKind, Objective, Totals
+from equifeat.train.precision import apply_precision, full_float32
 from equifeat.train.schedule import lr_factor
+from equifeat.train.sharded import check_strategy
 from equifeat.train.trunk_cache import TrunkCache
 
 
@@ -25,6 +29,8 @@ class EquivariantFinetune(pl.LightningModule):
     Args:
         backbone: Name of a timm ViT.
         weights: "hub", "packaged", "random" or a file.
+        position: How a learned position embedding is resampled: "timm", or "reference" (as DINOv2's
+            own code and the published recipe do).
         head: "none", "conv" (the reference) or "residual" (untrained = exactly the raw ViT).
         lora_rank: Rank of the LoRA on q and v.
         lora_alpha: Scale is alpha/rank; None means alpha = rank, scale 1.
@@ -33,36 +39,48 @@ class EquivariantFinetune(pl.LightningModule):
         tau: Temperature of the loss.
         pos_radius: 3D points nearer than this are positives, in object units.
         neg_radius: 3D points farther than this are negatives, in object units.
+        negatives: "pair": a pair's negatives are its own; "batch": also view 1 of the other pairs
+            of the batch; "global": also those of all ranks (docs/distributed.md).
+        max_negatives: Most negatives of other pairs that a pair is compared with.
         resolution: Patches on the longer side of the model's input; None keeps the image's size.
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         warmup_steps: Optimiser steps of linear warm-up.
         schedule: "constant", or "cosine" down to zero at the last step.
         trunk_cache_mb: Memory for frozen tokens of un-augmented views; 0 switches the cache off.
-        seed: Seed of the new weights (LoRA, head).
+        gradient_checkpointing: Run the adapted blocks again for their gradients: less memory.
+        compile: Compile the blocks with torch.compile; without, after a warning, where that fails.
+        seed: Seed of the new weights (LoRA, head) and of the choice of other pairs' negatives; None
+            follows seed_everything in a recipe and is 0 elsewhere.
     """
 
     def __init__(
         self,
         backbone: str = "vit_small_patch14_dinov2.lvd142m",
         weights: str = "hub",
+        position: Literal["timm", "reference"] = "timm",
         head: Literal["none", "conv", "residual"] = "residual",
         lora_rank: int = 4,
         lora_alpha: float | None = None,
         lora_blocks: int = 4,
-        loss: Literal["smooth_ap", "info_nce"] = "smooth_ap",
+        loss: LossKind = "smooth_ap",
         tau: float = 0.01,
         pos_radius: float = 5e-3,
         neg_radius: float = 0.1,
+        negatives: NegativesKind = "pair",
+        max_negatives: int = 4096,
         resolution: int | None = None,
         lr: float = 3e-4,
         weight_decay: float = 1e-4,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "constant",
         trunk_cache_mb: int = 0,
-        seed: int = 0,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        seed = seed or 0
         self.save_hyperparameters()
         self.extractor = build_extractor(
             backbone,
@@ -71,11 +89,31 @@ class EquivariantFinetune(pl.LightningModule):
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             lora_blocks=lora_blocks,
+            position=position,
             seed=seed,
         )
         if not self.extractor.trainable_parameters():
             raise RecipeError("head=none with lora_blocks=0 trains nothing: choose a head or LoRA")
+        self.objective = Objective(
+            loss, tau, pos_radius, neg_radius, negatives, max_negatives, seed
+        )
+        self.extractor.recompute = gradient_checkpointing
+        if compile:
+            self.extractor.backbone.run_block = CompiledBlocks()
         self.cache = TrunkCache(trunk_cache_mb * 2**20)
+        self._totals: dict[str, Totals | None] = {"train": None, "val": None}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be right on these ranks; keep the frozen weights as they are used.
+
+        Args:
+            stage: Lightning's stage.
+        """
+        check_strategy(self.trainer.strategy)
+        apply_precision(self.extractor, self.trainer.precision)
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if stage == "fit" and size is not None:
+            check_negatives(self.objective.negatives, size, self.trainer.world_size)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss over the pairs of a batch.
@@ -89,6 +127,14 @@ class EquivariantFinetune(pl.LightningModule):
         """
         return self._step(batch, "train")
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the means over all pairs of the step: of all ranks and accumulated batches.
+
+        Args:
+            optimizer: The optimiser, unused.
+        """
+        self._log_totals("train")
+
     def validation_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the mean loss over held-out pairs.
 
@@ -101,45 +147,40 @@ class EquivariantFinetune(pl.LightningModule):
         """
         return self._step(batch, "val")
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all held-out pairs of all ranks."""
+        self._log_totals("val")
+
     def _step(self, batch: PairBatch, stage: str) -> Tensor:
-        hp = self.hparams
-        b = len(batch)
-        images = torch.cat([batch.images0, batch.images1])
-        if hp["trunk_cache_mb"]:
-            # A mesh may be rendered for training and for validation under one name.
-            keys = [
-                None if augmented else (f"{stage}/{key[0]}", key[1])
-                for key, augmented in zip(
-                    batch.keys0 + batch.keys1, batch.augmented0 + batch.augmented1, strict=True
-                )
-            ]
-            state = self.cache.states(self.extractor, images, keys, hp["resolution"])
-        else:
-            state = self.extractor.trunk(images, hp["resolution"])
-        maps = self.extractor.tail(state)
-        losses, aps, positives = [], [], []
-        for i in range(b):
-            d0, d1 = (
-                FeatureMap(maps.features[j : j + 1], maps.size_hw).sample(keypoints[i][None])[0]
-                for j, keypoints in ((i, batch.keypoints0), (b + i, batch.keypoints1))
-            )
-            points = (batch.points3d0[i], batch.points3d1[i])
-            radii = {"pos_radius": hp["pos_radius"], "neg_radius": hp["neg_radius"]}
-            if hp["loss"] == "smooth_ap":
-                terms = smooth_ap_terms(d0, d1, *points, tau=hp["tau"], **radii)
-                losses.append(terms.loss)
-                positives.append(float(terms.num_positives))
-                if positives[-1]:
-                    aps.append(terms.mean_ap)
-            else:
-                losses.append(info_nce(d0, d1, *points, temperature=hp["tau"], **radii))
-        loss = torch.stack(losses).mean()
-        self.log(f"{stage}/loss", loss.detach(), prog_bar=True, batch_size=b)
-        if aps:
-            self.log(f"{stage}/ap", torch.stack(aps).mean().detach(), prog_bar=True, batch_size=b)
-        if positives:
-            self.log(f"{stage}/positives", sum(positives) / b, batch_size=b)
+        maps = self._features(batch, stage)
+        with full_float32():
+            loss, totals = self.objective(maps, batch, training=stage == "train")
+        self._totals[stage] = totals.plus(self._totals[stage])
         return loss
+
+    def _features(self, batch: PairBatch, stage: str) -> FeatureMap:
+        """Return the features of all views 0, then of all views 1."""
+        images, resolution = torch.cat([batch.images0, batch.images1]), self.hparams["resolution"]
+        if not self.hparams["trunk_cache_mb"]:
+            return self.extractor.tail(self.extractor.trunk(images, resolution))
+        # A mesh may be rendered for training and for validation under one name.
+        views = zip(batch.keys0 + batch.keys1, batch.augmented0 + batch.augmented1, strict=True)
+        keys = [None if changed else (f"{stage}/{key[0]}", key[1]) for key, changed in views]
+        return self.extractor.tail(self.cache.states(self.extractor, images, keys, resolution))
+
+    def _log_totals(self, stage: str) -> None:
+        totals, self._totals[stage] = self._totals[stage], None
+        if totals is None:
+            return
+        for name, value in totals.over_ranks().means().items():
+            if name != "ap" or self.objective.loss == "smooth_ap":
+                self.log(
+                    f"{stage}/{name}",
+                    value,
+                    prog_bar=name != "positives",
+                    batch_size=1,
+                    sync_dist=stage == "val",  # The ranks agree already: Lightning cannot know.
+                )
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the trainable weights, with warm-up and cosine if asked for.
@@ -158,7 +199,7 @@ class EquivariantFinetune(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -188,7 +188,7 @@ def test_fit(root: Path, tmp_path: Path, where: str) -> None:
     path.write_text(json.dumps(settings))  # JSON is YAML
     run(["fit", "--config", str(path)])
     losses = []
-    for file in sorted((tmp_path / "run").glob("logs/version_*/metrics.csv")):
+    for file in sorted((tmp_path / "run").glob("logs/metrics.csv")):
         with file.open() as lines:
             losses += [float(r["train/loss"]) for r in csv.DictReader(lines) if r["train/loss"]]
     assert len(losses) == 16
