@@ -104,6 +104,8 @@ class StopOnSignal(pl.Callback):
                 after = requeue_slurm_job()
             sys.stderr.write(f"stopped by {name} after step {step}, which is saved: {after}\n")
             sys.stderr.flush()
+        # the first rank to end may take the others with it: not before the job is queued again
+        trainer.strategy.barrier("stopped")
         raise SystemExit(128 + self._agreed)
 
     def _listen(self) -> None:
