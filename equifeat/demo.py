@@ -107,6 +107,11 @@ def demo(
     }
     wanted = parse_steps(steps)
     train_files = find_meshes([mesh]) if mesh else []
+    if len(train_files) > 1:
+        raise RecipeError(
+            f"--mesh {mesh} holds {len(train_files)} meshes, the demo trains on one: name it; "
+            "`equifeat fit` trains on many"
+        )
     eval_files = find_meshes([eval_meshes]) if eval_meshes else []
     _claim(out, options)
     train, held_out, renderer_used = _render(train_files, eval_files, out, resolution, renderer)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.procedural import write_procedural
 from equifeat.checkpoint import load_model
 from equifeat.data.images import read_image
 from equifeat.demo import demo, parse_steps
@@ -103,6 +104,13 @@ def test_sharing_changes_nothing() -> None:
 def test_wrong_steps_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="--steps"):
         parse_steps(text)
+
+
+def test_a_folder_of_meshes_is_no_training_object(tmp_path: Path) -> None:
+    write_procedural(tmp_path / "meshes", [0, 1])
+    with pytest.raises(RecipeError, match="holds 2 meshes"):
+        demo(mesh=tmp_path / "meshes", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
