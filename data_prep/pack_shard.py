@@ -279,7 +279,8 @@ def _same_pixels(
         part = decode(encoded, where)
     except ImageError:
         return False
-    for full, cut in zip(whole, part, strict=True):
+    pairs: list[tuple[Any, Any]] = list(zip(whole, part, strict=True))
+    for full, cut in pairs:
         back = np.zeros_like(full)
         back[y0:y1, x0:x1] = cut
         if not np.array_equal(back, full):
