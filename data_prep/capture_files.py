@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from equifeat.data.object_views import MAX_SIDE
-from equifeat.errors import ImageError, MissingExtraError, ViewsError
+from equifeat.errors import ImageError, ViewsError, import_extra
 
 Array = NDArray[Any]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -235,10 +234,7 @@ def _numpy(file: Path) -> Array:
 
 
 def _exr(file: Path) -> Array:
-    try:
-        exr = importlib.import_module("OpenEXR")
-    except ImportError as error:
-        raise MissingExtraError("OpenEXR", "captures", "reading EXR depth") from error
+    exr = import_extra("OpenEXR", "captures", "reading EXR depth")
     try:
         with exr.File(str(file), separate_channels=True) as opened:
             channels = opened.channels()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
-from equifeat.files import sha256_of
+from equifeat.files import read_gzip, sha256_of
 
 # The largest index file, 800,000 paths, unpacks to about 80 MB; more is a bomb.
 _UNPACKED_LIMIT = 256 * 2**20
@@ -41,12 +39,11 @@ def read_json_gz(path: Path, limit: int = _UNPACKED_LIMIT) -> dict[str, Any]:
         DamagedError: No gzip, no JSON object, or larger than the limit.
     """
     try:
-        with gzip.open(path) as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
+        data = read_gzip(path, limit)
+        if data is None:
             raise DamagedError(f"{path}: unpacks to more than {limit} bytes")
         value = json.loads(data)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: not readable as .json.gz ({error})") from error
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: holds {type(value).__name__} instead of a JSON object")

@@ -192,20 +192,19 @@ def _say(report: ObjectReport) -> None:
 def _train(out: Path, views: Path, wanted: Sequence[int], options: Mapping[str, Any]) -> None:
     """Train, exporting step 0 and every wanted step; an interrupted run goes on."""
     run = out / "run"
-    folders = [run / f"step_{step:06d}" for step in (0, *wanted)]
-    if all(folder.is_dir() for folder in folders):
-        return
     with quiet(), signals_restored(), run_lock(run):
-        _fit(run, views, wanted, options)
+        missing = [step for step in (0, *wanted) if not (run / f"step_{step:06d}").is_dir()]
+        if missing:
+            _fit(run, views, wanted, min(missing), options)
 
 
-def _fit(run: Path, views: Path, wanted: Sequence[int], options: Mapping[str, Any]) -> None:
+def _fit(
+    run: Path, views: Path, wanted: Sequence[int], first_missing: int, options: Mapping[str, Any]
+) -> None:
     """Train up to the last wanted step."""
-    folders = [run / f"step_{step:06d}" for step in (0, *wanted)]
     last = latest_checkpoint(run / "checkpoints")
     reached = int(last[1]["global_step"]) if last else 0
-    missing = [s for s, f in zip((0, *wanted), folders, strict=True) if not f.is_dir()]
-    if min(missing) < reached:  # a step that the run has passed without exporting it
+    if first_missing < reached:  # a step that the run has passed without exporting it
         for path in (run / "checkpoints", run / "logs"):
             shutil.rmtree(path, ignore_errors=True)
         last, reached = None, 0

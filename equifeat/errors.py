@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class EquifeatError(Exception):
@@ -84,6 +86,26 @@ class MissingExtraError(EquifeatError):
             f"{purpose} needs the package {package!r}, which is not installed: "
             f'pip install "equifeat[{extra}]"'
         )
+
+
+def import_extra(package: str, extra: str, purpose: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        package: Its name.
+        extra: The extra of equifeat that installs it.
+        purpose: What it is needed for.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(package, extra, purpose) from error
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -1,11 +1,13 @@
-"""Write whole files or none: a temporary name beside the target, then a rename; hash files."""
+"""Write whole files or none (a temporary name beside the target, then a rename); read and hash."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,3 +80,24 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_gzip(path: str | Path, limit: int) -> bytes | None:
+    """Unpack a gzip file, but never more than a limit: strangers' files may be bombs.
+
+    Args:
+        path: The file.
+        limit: Largest unpacked size in bytes.
+
+    Returns:
+        What was packed; None when it is larger than the limit.
+
+    Raises:
+        OSError: It cannot be read, is no gzip file, or is damaged or cut off.
+    """
+    try:
+        with gzip.open(path) as file:
+            data = file.read(limit + 1)
+    except (EOFError, zlib.error) as error:
+        raise OSError(str(error)) from error
+    return data if len(data) <= limit else None

@@ -12,7 +12,6 @@ say whether a point is hidden.
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from equifeat.data.sparse_views import (
 )
 from equifeat.data.tracks import Tracks
 from equifeat.errors import ImageError, ViewsError
+from equifeat.files import read_gzip
 from equifeat.geometry.camera import Camera, transform
 from equifeat.geometry.pixels import SizeHW, inside
 
@@ -101,12 +101,11 @@ def open_co3d(
 
 def _annotations(file: Path) -> list[dict[str, Any]]:
     try:
-        with gzip.open(file) as stream:
-            text = stream.read(_MAX_JSON + 1)
-        if len(text) > _MAX_JSON:
+        text = read_gzip(file, _MAX_JSON)
+        if text is None:
             raise ViewsError(f"{file}: unpacks to more than {_MAX_JSON} bytes; split the category")
         entries = json.loads(text)
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ViewsError(f"{file}: not gzipped JSON ({error}); get the category again") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ViewsError(f"{file}: not a list of frames; get the category again")

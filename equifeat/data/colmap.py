@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equifeat.data.colmap_camera import LENSES, import_pycolmap
+from equifeat.data.colmap_camera import LENSES
 from equifeat.data.colmap_camera import ColmapCamera as ColmapCamera
 from equifeat.data.object_views import MAX_SIDE
-from equifeat.errors import ViewsError
+from equifeat.errors import ViewsError, import_extra
 
 _FILES = ("cameras", "images", "points3D")
 _MAX_BYTES = 2**31  # of one file; a model of 1,000 images and a million points has a fifth of it
@@ -105,7 +105,7 @@ def read_colmap(folder: Path) -> ColmapModel:
             f"{folder}: no COLMAP model (cameras, images and points3D, all .bin or all .txt); "
             "export it with `colmap model_converter`"
         )
-    pycolmap = import_pycolmap("reading a COLMAP model in text form")
+    pycolmap = import_extra("pycolmap", "captures", "reading a COLMAP model in text form")
     for name in _FILES:
         _check_size(folder / f"{name}.txt")
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equifeat.errors import MissingExtraError
+from equifeat.errors import import_extra
 from equifeat.geometry.pixels import SizeHW
 
 
@@ -103,29 +103,11 @@ class ColmapCamera:
     @cached_property
     def _lens(self) -> Any:
         h, w = self.size_hw
-        return import_pycolmap(f"undoing the lens model {self.model} of COLMAP").Camera(
+        purpose = f"undoing the lens model {self.model} of COLMAP"
+        return import_extra("pycolmap", "captures", purpose).Camera(
             model=self.model, width=w, height=h, params=np.asarray(self.params)
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's camera stays in this process.
         return {k: v for k, v in self.__dict__.items() if k != "_lens"}
-
-
-def import_pycolmap(purpose: str) -> Any:
-    """Import pycolmap, which the extra "captures" installs.
-
-    Args:
-        purpose: What it is needed for.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise MissingExtraError("pycolmap", "captures", purpose) from error
-    return pycolmap

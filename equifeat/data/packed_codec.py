@@ -7,13 +7,13 @@ and leaves a fifth of the pixels to decode.
 from __future__ import annotations
 
 import io
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from equifeat.errors import ImageError, MissingExtraError, PackError
+from equifeat.errors import ImageError, PackError, import_extra
 
 Color = Literal["webp", "png"]
 _WEBP_MAX_SIDE = 16383
@@ -51,25 +51,6 @@ class Encoded(NamedTuple):
     mask: bytes | None
 
 
-def need_pyarrow(purpose: str) -> Any:
-    """Import pyarrow.
-
-    Args:
-        purpose: What it is needed for, for the message.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MissingExtraError("pyarrow", "pack", purpose) from error
-    return pyarrow
-
-
 def window_of(pictures: Pictures) -> tuple[int, int, int, int]:
     """Return the smallest window outside which nothing is.
 
@@ -99,7 +80,7 @@ def encode(pictures: Pictures, color: Color) -> Encoded:
     Raises:
         PackError: The format is unknown, or the picture too large for it.
     """
-    pa = need_pyarrow("packing views")
+    pa = import_extra("pyarrow", "pack", "packing views")
     if color not in get_args(Color):
         raise PackError(f"color {color!r} is unknown: use webp or png")
     x0, y0, x1, y1 = window = window_of(pictures)
@@ -136,7 +117,7 @@ def decode(encoded: Encoded, where: str) -> Pictures:
     Raises:
         ImageError: The bytes are no such view.
     """
-    pa = need_pyarrow("reading packed views")
+    pa = import_extra("pyarrow", "pack", "reading packed views")
     x0, y0, x1, y1 = encoded.window
     h, w = y1 - y0, x1 - x0
     try:

@@ -26,8 +26,8 @@ from equifeat.data.object_views import (
     check_intrinsics,
     check_poses,
 )
-from equifeat.data.packed_codec import Encoded, Pictures, decode, need_pyarrow
-from equifeat.errors import ImageError, ViewsError
+from equifeat.data.packed_codec import Encoded, Pictures, decode
+from equifeat.errors import ImageError, ViewsError, import_extra
 from equifeat.geometry.pixels import SizeHW
 
 FORMAT, VERSION = "equifeat-packed", 1
@@ -232,7 +232,7 @@ def _check_shard(folder: Path, name: str, size: int) -> None:
 
 
 def _read_index(file: Path, crc: int) -> dict[str, NDArray[Any]]:
-    need_pyarrow("reading packed views")
+    import_extra("pyarrow", "pack", "reading packed views")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -362,7 +362,9 @@ def test_co3d_annotations_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_bytes(gzip.compress(b"[" + b" " * 1_000_000 + b"]"))
     with pytest.raises(ViewsError, match="unpacks to more than 1000 bytes"):
         open_views(truth.folder)
-    for bad in (b"no gzip", gzip.compress(b"{}"), gzip.compress(b"[1]"), gzip.compress(b"[" * 999)):
+    whole = gzip.compress(b"[]" * 400)
+    damaged = [b"no gzip", whole[:-12], whole[:10] + b"\xff" * 8 + whole[18:]]
+    for bad in (*damaged, *map(gzip.compress, (b"{}", b"[1]", b"[" * 999))):
         file.write_bytes(bad)
         with pytest.raises(ViewsError, match="frame_annotations"):
             open_co3d(truth.folder.parent, CaptureOptions(), print)

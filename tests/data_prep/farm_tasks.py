@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from equifeat.errors import MeshError, RenderError
 
 MIB = 2**20
@@ -23,9 +21,8 @@ def act(payload: dict[str, Any]) -> dict[str, Any]:
         with Path(payload["log"]).open("a") as file:
             file.write(f"{payload.get('name', '')} {os.getpid()}\n")
     result = ACTIONS[payload["do"]](payload)
-    above = psutil.Process().parent()
-    # below Ray: the process of this node that started Ray's own worker
-    return {"pid": os.getpid(), "node": above and above.ppid(), **(result or {})}
+    # Ray's own name for the node: a parent's number changes when a killed node leaves orphans
+    return {"pid": os.getpid(), "node": os.environ.get("RAY_RAYLET_PID"), **(result or {})}
 
 
 def fine(payload: dict[str, Any]) -> dict[str, Any]:

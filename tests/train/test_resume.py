@@ -12,17 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from equifeat.train.checkpoints import checkpoints
 from equifeat.train.loggers import losses, read_metrics
-from tests.synthetic import write_views
 from tests.train import runs
 
 KILLS = 6
-
-
-@pytest.fixture(scope="module")
-def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("views")
-    write_views(folder / "box", "box", views=6, size=64)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from equifeat.train.loggers import RunCsv, cut_metrics, read_metrics, run_logger
 from equifeat.train.module import EquivariantFinetune
 from equifeat.train.run_folder import find_start, run_callbacks
 from equifeat.train.signals import signals_restored
-from tests.synthetic import write_views
 from tests.train import runs
 
 # In this process and without workers: a fit is a second.
@@ -31,13 +30,6 @@ PLAIN: dict[str, dict[str, Any]] = {
     "model": {"schedule": "constant"},
     "trainer": {"max_steps": 6},
 }
-
-
-@pytest.fixture(scope="module")
-def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("views")
-    write_views(folder / "box", "box", views=6, size=64)
-    return folder
 
 
 @pytest.fixture(scope="module")

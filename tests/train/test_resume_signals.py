@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 
 from equifeat.train.checkpoints import checkpoints, read_checkpoint
-from tests.synthetic import write_views
 from tests.train import runs
 
 STEPS = {"trainer": {"max_steps": 40}, "run": {"save_every": 1000}}
-
-
-@pytest.fixture(scope="module")
-def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("views")
-    write_views(folder / "box", "box", views=6, size=64)
-    return folder
 
 
 @pytest.fixture(scope="module")
