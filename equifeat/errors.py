@@ -64,6 +64,10 @@ class RecipeError(EquifeatError):
     """A recipe or option that is wrong."""
 
 
+class EvalDataError(EquifeatError):
+    """Data of an evaluation task that is missing, incomplete or not in its format."""
+
+
 class SubmitError(EquifeatError):
     """A job that SLURM does not take, or no SLURM at all."""
 
