@@ -103,7 +103,7 @@ def load_model(
         WeightsError: The backbone's weights cannot be had.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         spec, lora, head = config["backbone"], config["lora"], config["head"]
         if backbone is None:
@@ -254,8 +254,18 @@ def _config(extractor: FeatureExtractor, recipe: Mapping[str, Any] | None) -> di
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and check that it is ours and not from the future."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a model folder and check that it is ours and not from the future.
+
+    Args:
+        folder: The model folder.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: There is none, or it is of another format or a newer version.
+    """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -342,7 +352,7 @@ def _refuse_foreign(folder: Path) -> None:
             "give a new folder"
         )
     if there:
-        _read_config(folder)
+        read_config(folder)
 
 
 def _read_reference(path: Path) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:

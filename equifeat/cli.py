@@ -16,7 +16,8 @@ from equifeat.errors import EquifeatError, suggest
 class Command(NamedTuple):
     """One command: its function, what it does, which options take several values or two.
 
-    Arguments named in ``optional`` may be left out, those of ``several`` otherwise not.
+    Arguments named in ``optional`` may be left out, those of ``several`` otherwise not. ``words``
+    are arguments of one word. ``task`` is the function's task, where commands share a function.
     """
 
     target: str
@@ -24,7 +25,13 @@ class Command(NamedTuple):
     several: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    task: str = ""
 
+
+# What every task of the harness takes.
+_EVALUATE = "equifeat.evaluate:evaluate_command"
+_SCORED = {"several": ("--model",), "optional": ("--set",)}
 
 COMMANDS = {
     "demo": Command("equifeat.demo:demo", "train on one object and report, end to end"),
@@ -44,10 +51,39 @@ COMMANDS = {
     "submit": Command("equifeat.submit:submit_command", "a recipe to SLURM", ("recipe",)),
     "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
     "evaluate equivariance": Command(
-        "equifeat.commands:equivariance", "APE and PCDP of models on views", ("--model",)
+        _EVALUATE, "APE and PCDP on posed views", task="equivariance", **_SCORED
+    ),
+    "evaluate pose": Command(
+        _EVALUATE, "6D pose by matching: OnePose, BOP", task="pose", **_SCORED
+    ),
+    "evaluate tracking": Command(
+        _EVALUATE, "point tracking: TAP-Vid, BADJA", task="tracking", **_SCORED
+    ),
+    "evaluate semantic": Command(
+        _EVALUATE, "keypoints across objects: PF-PASCAL, SPair", task="semantic", **_SCORED
+    ),
+    "evaluate geometric": Command(
+        _EVALUATE, "two views: NAVI, ScanNet, HPatches, pose AUC", task="geometric", **_SCORED
+    ),
+    "evaluate all": Command(
+        "equifeat.evaluate:suite_command", "every task of a suite file", optional=("--model",)
+    ),
+    "evaluate protocols": Command("equifeat.evaluate:protocols_command", "list the protocols"),
+    "data": Command("equifeat.evaluate:data_command", "is a task's data complete", words=("task",)),
+    "fixtures": Command(
+        "equifeat.evaluate:fixtures_command",
+        "small data sets with known truth",
+        optional=("--meshes",),
+        words=("family",),
     ),
     "features": Command("equifeat.commands:features", "features and PCA of images", ("images",)),
     "match": Command("equifeat.commands:match", "matches of two images", ("images",)),
+}
+
+_HELP = {
+    "meshes": "mesh files, folders or globs",
+    "model": "model folders, timm names, oracle or random; NAME=WHAT[,WHAT] for several seeds",
+    "set": "options of the protocol to change, each option=value",
 }
 
 
@@ -94,15 +130,24 @@ def build_parser(name: str) -> Any:
         # jsonargparse would want [a,b]; a shell user writes a b.
         kind = str if several.startswith("--") else Path
         required = {"required": True} if several.startswith("--") else {}
-        parser.add_argument(several, nargs="+", type=kind, help=command.help, **required)
+        said = _HELP.get(several.lstrip("-"), command.help)
+        parser.add_argument(several, nargs="+", type=kind, help=said, **required)
     for optional in command.optional:
-        parser.add_argument(optional, nargs="*", type=Path, default=[], help=command.help)
+        word = optional.lstrip("-")
+        kind = str if word in ("set", "model") else Path
+        # written twice, an option takes both lists
+        more = {"action": "extend"} if optional.startswith("--") else {}
+        said = _HELP.get(word, command.help)
+        parser.add_argument(optional, nargs="*", type=kind, default=[], help=said, **more)
+    for word in command.words:
+        parser.add_argument(word, type=str, help=command.help)
     defaults = inspect.signature(function).parameters
     for pair in command.pairs:
         default = list(defaults[pair.lstrip("-")].default)
         parser.add_argument(pair, nargs=2, type=float, default=default, help="lowest and highest")
-    taken = (*command.several, *command.pairs, *command.optional)
+    taken = (*command.several, *command.pairs, *command.optional, *command.words)
     skip: set[str | int] = {name.lstrip("-") for name in taken}
+    skip |= {"changes", "task"} if command.task else set()
     for parameter in defaults.values():
         if parameter.default is False:
             # jsonargparse would want --name true
@@ -156,8 +201,10 @@ def run(argv: Sequence[str]) -> None:
     if name in ("fit", "validate"):
         _load(COMMANDS[name].target)([name, *rest])
         return
-    values = build_parser(name).parse_args([underscored(word) for word in rest])
-    text = _load(COMMANDS[name].target)(**values.as_dict())
+    values = build_parser(name).parse_args([underscored(word) for word in rest]).as_dict()
+    if COMMANDS[name].task:
+        values |= {"task": COMMANDS[name].task, "changes": values.pop("set")}
+    text = _load(COMMANDS[name].target)(**values)
     if text is not None:
         print(text)
 

@@ -1,11 +1,10 @@
-"""What the evaluate, features, match and procedural commands do."""
+"""What the features, match and procedural commands do."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,119 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.procedural import write_procedural
-from equifeat.checkpoint import load_model
 from equifeat.data.images import read_image
-from equifeat.data.views import open_views
 from equifeat.errors import KeypointError, RecipeError
-from equifeat.eval.equivariance import evaluate_equivariance
 from equifeat.eval.matching import mutual_nearest, nearest
+from equifeat.eval.models import open_model
 from equifeat.files import atomic_file
 from equifeat.geometry.pixels import inside, patch_centers
-from equifeat.model.extractor import FeatureExtractor, build_extractor
+from equifeat.model.extractor import FeatureExtractor
 from equifeat.model.feature_map import FeatureMap
-from equifeat.model.weights import PACKAGED_BACKBONE, packaged_available
 from equifeat.progress import progress
 from equifeat.viz import match_picture, pca_rgb, save_png
 
 # Candidates for keypoints lie this many pixels of the target image apart.
 _CANDIDATE_STRIDE = 4
-
-
-def open_model(model: str, weights: str = "auto", device: str = "cpu") -> FeatureExtractor:
-    """Open a finetuned model folder, or any timm ViT raw.
-
-    Args:
-        model: A model folder, or the name of a timm ViT.
-        weights: For a raw ViT: "hub", "packaged", "random", a file, or "auto", which takes the
-            packaged weights when the model is the packaged one and they are installed, else the
-            hub's.
-        device: Device of the model.
-
-    Returns:
-        The extractor in eval mode.
-
-    Raises:
-        CheckpointError: The folder is not a model folder.
-        ModelNameError: timm has no such model.
-    """
-    if Path(model).exists() or "/" in model or model.startswith("."):
-        return load_model(Path(model), device).eval()
-    if weights == "auto":
-        weights = "packaged" if model == PACKAGED_BACKBONE and packaged_available() else "hub"
-    return build_extractor(model, weights, lora_blocks=0).to(device).eval()
-
-
-def equivariance(
-    views: Path,
-    model: Sequence[str],
-    out: Path | None = None,
-    weights: str = "auto",
-    pairs: str = "all",
-    points: str = "500",
-    target_stride: int = 1,
-    min_angle: float = 0.0,
-    max_angle: float = 180.0,
-    normalizer: Literal["box", "image"] = "box",
-    resolution: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-) -> str:
-    """Measure APE and PCDP of models on rendered views.
-
-    Args:
-        views: Folder of views of one object, or of many.
-        model: Model folders or names of timm ViTs (scored raw).
-        out: JSON file to write.
-        weights: Weights of the raw models: auto, hub, packaged, random or a file.
-        pairs: "all" ordered pairs, or a number drawn per object.
-        points: "dense", or a number of covisible pixels drawn per pair.
-        target_stride: Match against every n-th mask pixel of the target view, in x and y.
-        min_angle: Smallest view change in degrees.
-        max_angle: Largest view change in degrees.
-        normalizer: "box" (longer side of the object's box in the target view) or "image".
-        resolution: Patches on the longer side of the model's input; the views' own size when None.
-        seed: Seed of the drawn pairs, points and bootstrap.
-        device: Device of the models.
-
-    Returns:
-        The tables as text.
-
-    Raises:
-        RecipeError: An option makes no sense.
-    """
-    objects = open_views(views)
-    if len(set(model)) < len(model):
-        raise RecipeError(f"--model names {', '.join(model)}: each model once")
-    results = [
-        evaluate_equivariance(
-            open_model(name, weights, device),
-            objects,
-            name=name,
-            pairs="all" if pairs == "all" else _count("--pairs", pairs, "all"),
-            points="dense" if points == "dense" else _count("--points", points, "dense"),
-            min_angle_deg=min_angle,
-            max_angle_deg=max_angle,
-            target_stride=target_stride,
-            normalizer=normalizer,
-            resolution=resolution,
-            seed=seed,
-            progress=progress,
-        )
-        for name in model
-    ]
-    result = results[0].merged(*results[1:])
-    if out is not None:
-        result.save(out)
-    tables = [result.table(), result.table(cells=result.bin_cells())]
-    if len(model) > 1:
-        tables.append(result.table(cells=result.difference_cells(model[0])))
-    return "\n\n".join([*tables, result.caption()])
-
-
-def _count(option: str, value: str, word: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise RecipeError(f"{option} {value!r} must be {word} or a number of at least 1")
-    return int(value)
 
 
 def features(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from equifeat.cli import COMMANDS, build_parser, run
 from equifeat.errors import EquifeatError
+from equifeat.eval.results import Results
 from tests.helpers import ROOT
 from tests.synthetic import write_views
 
@@ -48,16 +49,75 @@ def test_every_option_is_explained(name: str) -> None:
     assert "(type:" not in "".join(line.split()[0] for line in options)
 
 
-def test_evaluate_prints_tables_and_writes_json(
+def test_evaluate_prints_tables_and_writes_reports(
     tmp_path: Path, views: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "result.json"
-    command = ["evaluate", "equivariance", "--views", str(views), "--model", MODEL, "--weights"]
-    run([*command, "random", "--points", "50", "--pairs", "3", "--out", str(out)])
+    out = tmp_path / "result"
+    command = ["evaluate", "equivariance", "--data", str(views), "--model", MODEL, "random"]
+    options = ["--weights", "random", "--device", "cpu", "--set", "points=50", "pairs=3"]
+    run([*command, *options, "--out", str(out)])
     text = capsys.readouterr().out
-    assert "APE %" in text
+    assert "APE" in text
     assert "longer side of the object's box" in text
-    assert json.loads(out.read_text())["config"]["normalizer"] == "box"
+    assert "views/box-500+pairs=3,points=50" in text
+    (task,) = Results.from_json((out / "results.json").read_text()).tasks
+    assert [model.name for model in task.models] == [MODEL, "random"]
+    assert (out / "results.md").read_text().count("|") > 10
+    assert "</html>" in (out / "report.html").read_text()
+    before = {p: p.stat().st_mtime_ns for p in (out / "predictions").rglob("*.safetensors")}
+    assert len(before) == 4
+    run([*command, *options, "--out", str(out)])
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_suite_is_checked_before_it_runs(
+    tmp_path: Path, views: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    words = ["evaluate", "all", "--suite", str(suite), "--out", str(tmp_path / "out")]
+    task = {"task": "equivariance", "data": str(views), "protocol": "views/quick"}
+    task["set"] = {"pairs": 2, "points": 30}  # type: ignore[assignment]
+    models = {"chance": "random", "raw": MODEL}
+    suite.write_text(yaml.safe_dump({"models": models, "tasks": [task, {**task, "data": "none"}]}))
+    fails([*words, "--weights", "random"], "none: no such folder")
+    assert not (tmp_path / "out").exists()
+    for content, match in (
+        ("tasks: []", "keys models and tasks"),
+        ("models: [", "unreadable suite"),
+        ("tasks: [{task: pose}]", "entry 0"),
+        ("tasks: [{task: pose, data: x, sett: {}}]", r"not sett.*Did you mean set"),
+        ("tasks: [{task: pos, data: x}]\nmodels: {a: random}", r"no task 'pos'.*pose"),
+    ):
+        suite.write_text(content)
+        fails([*words, "--weights", "random"], match)
+    other = {**task, "protocol": "views/box-500", "limit": 1}
+    suite.write_text(yaml.safe_dump({"models": models, "tasks": [task, other]}))
+    run([*words, "--weights", "random", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "views/quick+pairs=2,points=30" in text
+    assert "views/box-500+pairs=2,points=30" in text
+    results = Results.from_json((tmp_path / "out" / "results.json").read_text())
+    assert [[m.name for m in t.models] for t in results.tasks] == [["chance", "raw"]] * 2
+
+
+def test_fixtures_are_checked_as_data_sets_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fixture"
+    run(["fixtures", "views", "--out", str(out), "--painted"])
+    run(["data", "equivariance", "--check", str(out)])
+    text = capsys.readouterr().out
+    assert "objects: 3" in text
+    assert "views: 24" in text
+    fails(["fixtures", "views", "--out", str(out)], "is there already")
+    fails(["fixtures", "view", "--out", str(tmp_path / "new")], r"no fixture 'view'.*views")
+    picture = next(out.rglob("color_*.png"))
+    picture.write_bytes(picture.read_bytes() + b" ")
+    fails(["data", "equivariance", "--check", str(out)], "hash differs")
+    run(["evaluate", "protocols"])
+    text = capsys.readouterr().out
+    assert "views/dense" in text
+    assert "spair/" in text
 
 
 def test_features_writes_npz_and_pictures(tmp_path: Path, views: Path) -> None:
@@ -95,6 +155,12 @@ def test_match_of_an_image_with_itself_is_the_identity(tmp_path: Path, views: Pa
     [
         (["rendr"], r"'rendr'.*render"),
         (["evaluate"], r"needs a task.*equivariance"),
+        (
+            ["evaluate", "pose", "--data", "x", "--model", "random", "--protocol", "y"],
+            "no protocol",
+        ),
+        (["evaluate", "pose", "--data", "x", "--model", "random", "--set", "y"], "option=value"),
+        (["data", "poses", "--check", "x"], r"no task 'poses'.*pose"),
         (["features", "nowhere.png", "--model", MODEL, "--out", "OUT"], r"nowhere\.png: no such"),
         (["features", "IMAGE", "--model", "vit_smal", "--out", "OUT"], r"vit_smal.*Did you mean"),
         (["features", "IMAGE", "--model", "./no_folder", "--out", "OUT"], "not a model folder"),
@@ -140,7 +206,7 @@ def test_the_script_exits_with_1_and_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "equifeat.cli", "evaluate", "equivariance"),
-            *("--views", str(tmp_path / "none"), "--model", MODEL),
+            *("--data", str(tmp_path / "none"), "--model", MODEL),
         ],
         cwd=ROOT,
         capture_output=True,

@@ -23,7 +23,8 @@ STEP = [
 ]
 TRAIN = ["train.module", "train.trunk_cache", "train.callbacks", *STEP]
 UPPER = [*MIDDLE, "checkpoint", *TRAIN]
-TOP = [*UPPER, "eval", "options", "train", "export", "draw", "viz", "report"]
+DRAW = ["draw", "draw_matches"]
+TOP = [*UPPER, "eval", "options", "train", "export", *DRAW, "viz", "report"]
 ALLOWED: dict[str, list[str]] = {
     "errors": [],
     "seeding": [],
@@ -41,23 +42,26 @@ ALLOWED: dict[str, list[str]] = {
     **{name: [*MIDDLE, "checkpoint", *STEP] for name in STEP},
     "train.trunk_cache": [*UPPER],
     "train.callbacks": [*UPPER],
-    "eval": [*MIDDLE, "checkpoint", "eval"],
+    "eval": [*MIDDLE, "checkpoint", "eval", *DRAW],
     "train.watch": [*UPPER, "eval", "draw", "viz", "train"],
     "train.watch_picture": [*MIDDLE, "eval", "draw", "viz"],
     "train": [*UPPER, "eval", "options", "train"],
     "export": [*TOP],
     "draw": [*BASE, "geometry"],
-    "viz": [*UPPER, "eval", "draw"],
+    "draw_matches": [*BASE, "geometry", "draw"],
+    "viz": [*UPPER, "eval", *DRAW],
     "report": [*BASE, "draw", "viz"],
     "commands": [*TOP],
     "submit": [*TOP],
     "demo_report": [*TOP],
     "demo": [*TOP, "commands", "demo_report"],
-    "cli": [*TOP, "commands", "demo"],
+    "eval_report": [*TOP],
+    "evaluate": [*TOP, "eval_report"],
+    "cli": [*TOP, "commands", "evaluate", "demo"],
     "": ["_version", "errors", "checkpoint", "model"],  # the package itself: public names
 }
 # The demo and the command line are the only ones above data_prep.
-ABOVE_DATA_PREP = ("demo", "commands", "cli")
+ABOVE_DATA_PREP = ("demo", "commands", "evaluate", "cli")
 DATA_PREP_MAY = (*(f"equifeat.{name}" for name in BASE), "equifeat.geometry", "equifeat.options")
 # What reads views: checking, packing and importing captures (docs/adr/005).
 READS_VIEWS = ("data_prep.check", "data_prep.pack", "data_prep.capture")

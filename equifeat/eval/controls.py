@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -35,12 +36,23 @@ class CoordinateOracle:
         generator = torch_generator(0)
         self.frequencies = torch.randn(3, dim // 2, generator=generator) / width
 
-    def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
+    def dense(
+        self,
+        images: Tensor,
+        resolution: int | None = None,
+        *,
+        overlap: int = 1,
+        layers: Sequence[int] = (-1,),
+        norm: bool = True,
+    ) -> FeatureMap:
         """Return one descriptor a pixel.
 
         Args:
             images: (B, 3, H, W) painted pictures in [0, 1].
-            resolution: Ignored: the map has the images' own size.
+            resolution: Ignored, like the options of a ViT: the map has the images' own size.
+            overlap: Ignored.
+            layers: Ignored.
+            norm: Ignored.
 
         Returns:
             Unit descriptors on the object, zero on black.
@@ -68,18 +80,29 @@ class RandomFeatures:
         self.dim, self.patch, self.seed = dim, patch, seed
         self.hash = f"random-features-1-{dim}-{patch}-{seed}"
 
-    def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
+    def dense(
+        self,
+        images: Tensor,
+        resolution: int | None = None,
+        *,
+        overlap: int = 1,
+        layers: Sequence[int] = (-1,),
+        norm: bool = True,
+    ) -> FeatureMap:
         """Return random unit descriptors.
 
         Args:
             images: (B, 3, H, W) RGB in [0, 1].
             resolution: Patches on the longer side.
+            overlap: How many times as many descriptors there are along each side.
+            layers: Ignored.
+            norm: Ignored.
 
         Returns:
             The map.
         """
         h, w = int(images.shape[-2]), int(images.shape[-1])
-        count = resolution or max(1, round(max(h, w) / self.patch))
+        count = overlap * (resolution or max(1, round(max(h, w) / self.patch)))
         grid = (max(1, round(h / max(h, w) * count)), max(1, round(w / max(h, w) * count)))
         maps = []
         for image in images:

@@ -221,6 +221,86 @@ def evaluate_equivariance(
     return EquivarianceResult(config, tuple(named), tuple(rows))
 
 
+class PairErrors(NamedTuple):
+    """How far a model's matches of a pair are from the truth.
+
+    Attributes:
+        view0: Index of the view whose pixels are matched.
+        view1: Index of the view they are searched in.
+        view_change_deg: Angle of the relative rotation.
+        box_px: Longer side of the object's box in view 1.
+        image_px: Longer side of view 1.
+        errors_px: (N,) distances in pixels of view 1.
+        drawn: (n, 6) some of the matches: xy in view 0, found and true xy in view 1.
+    """
+
+    view0: int
+    view1: int
+    view_change_deg: float
+    box_px: float
+    image_px: float
+    errors_px: Tensor
+    drawn: Tensor
+
+
+_DRAWN = 24  # matches a pair that are kept for pictures
+
+
+@torch.no_grad()
+def object_errors(
+    model: HasDense,
+    obj: PosedObject,
+    *,
+    pairs: int | str = "all",
+    points: int | str = 500,
+    angles_deg: tuple[float, float] = (0.0, 180.0),
+    min_points: int = 10,
+    target_stride: int = 1,
+    resolution: int | None = None,
+    seed: int = 0,
+    budget_bytes: int = DEFAULT_BUDGET,
+    device: torch.device | str | None = None,
+) -> list[PairErrors]:
+    """Match all pairs of one object, as :func:`evaluate_equivariance` does.
+
+    Args:
+        model: The model.
+        obj: The object.
+        pairs: See :func:`evaluate_equivariance`.
+        points: See :func:`evaluate_equivariance`.
+        angles_deg: Smallest and largest view change.
+        min_points: See :func:`evaluate_equivariance`.
+        target_stride: See :func:`evaluate_equivariance`.
+        resolution: See :func:`evaluate_equivariance`.
+        seed: Seed of the drawn pairs and points.
+        budget_bytes: See :func:`evaluate_equivariance`.
+        device: See :func:`evaluate_equivariance`.
+
+    Returns:
+        One entry a pair with enough covisible pixels, on the CPU; none for an object without.
+
+    Raises:
+        RecipeError: An option makes no sense.
+    """
+    _check({"model": model}, [obj], pairs, points, *angles_deg, min_points, target_stride)
+    device = device or _device_of(model)
+    scorer = _ObjectScorer(obj, {"model": model}, resolution, "box", budget_bytes, device)
+    found = _covisible_pairs(scorer, pairs, points, angles_deg, min_points, seed)
+    return [
+        PairErrors(
+            pair.view0,
+            pair.view1,
+            scorer.view_change_deg(pair),
+            scorer.length(pair.view1, "box"),
+            scorer.length(pair.view1, "image"),
+            (to - pair.xy1).norm(dim=-1).cpu(),
+            _some(torch.cat([pair.xy0, to, pair.xy1], dim=-1), _DRAWN),
+        )
+        for pair, found_xy in scorer.matches(found, target_stride)
+        for to in found_xy.values()
+    ]
+
+
 class PairMatches(NamedTuple):
     """What a model finds for points of view 0 in view 1.
 
@@ -268,8 +348,8 @@ def match_points(
     device = device or _device_of(next(iter(models.values())))
     scorer = _ObjectScorer(obj, models, resolution, normalizer, budget_bytes, device)
     every = scorer.points(*pair)
-    keep = torch.linspace(0, len(every.xy0) - 1, min(points, len(every.xy0))).long()
-    xy0, true = every.xy0[keep], every.xy1[keep]
+    some = _some(torch.cat([every.xy0, every.xy1], dim=-1), points)
+    xy0, true = some[:, :2], some[:, 2:]
     targets = _target_pixels(scorer.view(pair[1]).mask, target_stride)
     found = {}
     with torch.no_grad():
@@ -390,30 +470,41 @@ class _ObjectScorer:
         keep = found.covisible & view0.mask
         return _Points(i, j, xy0[keep], found.xy[keep].float())
 
-    def length(self, j: int) -> float:
+    def length(self, j: int, normalizer: Normalizer | None = None) -> float:
         """Pixels of view j that errors are divided by."""
-        tracks = self.tracks
-        if self.normalizer == "box" and tracks is not None and not has_masks(self.obj):
+        tracks, normalizer = self.tracks, normalizer or self.normalizer
+        if normalizer == "box" and tracks is not None and not has_masks(self.obj):
             xy = tracks.xy[j]
             return float((xy.amax(0) - xy.amin(0)).max())
-        return normalizer_px(self.view(j).mask, self.normalizer)
+        return normalizer_px(self.view(j).mask, normalizer)
 
-    def score(self, found: Iterable[list[_Points]], stride: int) -> Iterator[PairScore]:
+    def matches(
+        self, found: Iterable[list[_Points]], stride: int
+    ) -> Iterator[tuple[_Points, dict[str, Tensor]]]:
+        """The pixels of view 1 that each model finds, pair after pair."""
         for group in found:
             j = group[0].view1
             targets = _target_pixels(self.view(j).mask, stride)
-            length = self.length(j)
-            scores: list[dict[str, tuple[float, ...]]] = [{} for _ in group]
+            to: list[dict[str, Tensor]] = [{} for _ in group]
             for model in self.models:
                 theirs = self.descriptors(model, j, targets)
-                for pair, row in zip(group, scores, strict=True):
+                for pair, row in zip(group, to, strict=True):
                     ours = self.descriptors(model, pair.view0, pair.xy0)
-                    index = nearest(ours, theirs, self.budget_bytes).matches0.to(targets.device)
-                    errors = matching_errors(targets[index], pair.xy1, length)
-                    row[model] = (ape(errors), *pcdp(errors))
-            for pair, row in zip(group, scores, strict=True):
-                change = float(_angles(self.obj.cam_from_world[[pair.view0, j]])[0, 1])
-                yield PairScore(self.obj.name, pair.view0, j, change, len(pair.xy0), row)
+                    index = nearest(ours, theirs, self.budget_bytes).matches0
+                    row[model] = targets[index.to(targets.device)]
+            yield from zip(group, to, strict=True)
+
+    def score(self, found: Iterable[list[_Points]], stride: int) -> Iterator[PairScore]:
+        for pair, to in self.matches(found, stride):
+            length = self.length(pair.view1)
+            errors = {m: matching_errors(xy, pair.xy1, length) for m, xy in to.items()}
+            scores = {m: (ape(e), *pcdp(e)) for m, e in errors.items()}
+            change = self.view_change_deg(pair)
+            points = len(pair.xy0)
+            yield PairScore(self.obj.name, pair.view0, pair.view1, change, points, scores)
+
+    def view_change_deg(self, pair: _Points) -> float:
+        return float(_angles(self.obj.cam_from_world[[pair.view0, pair.view1]])[0, 1])
 
 
 def _covisible_pairs(
@@ -462,6 +553,11 @@ def _angles(cam_from_world: Tensor) -> Tensor:
     """(V, V) angles in degrees of the relative rotations."""
     R = cam_from_world[:, :3, :3].double()
     return rotation_angle_deg(R[:, None] @ R[None].mT)
+
+
+def _some(rows: Tensor, count: int) -> Tensor:
+    """Evenly chosen rows, the same every time."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()].cpu()
 
 
 def _size_hw(mask: Tensor) -> tuple[int, int]:

@@ -95,7 +95,9 @@ class Protocol:
         Returns:
             A dictionary for JSON; texts and published numbers are left out.
         """
-        options = {} if self.options is None else dataclasses.asdict(self.options)
+        options = self.options or {}
+        if not isinstance(options, Mapping):  # plain values are what a file of results holds
+            options = dataclasses.asdict(options)
         record = {
             "id": self.id,
             "task": self.task,

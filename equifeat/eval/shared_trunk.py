@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -97,16 +97,34 @@ class SharedTrunk(nn.Module):
             bool(update.b.any()) for key in adapter.blocks for update in adapter.pair(int(key))
         )
 
-    def dense(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
+    def dense(
+        self,
+        images: Tensor,
+        resolution: int | None = None,
+        *,
+        overlap: int = 1,
+        layers: Sequence[int] = (-1,),
+        norm: bool = True,
+    ) -> FeatureMap:
         """Return the model's features; see FeatureExtractor.dense.
+
+        Only maps with the default options share their trunk; others are computed whole.
 
         Args:
             images: (1, 3, H, W) RGB in [0, 1].
             resolution: Patches on the longer side.
+            overlap: Patches start every patch_size / overlap pixels.
+            layers: Blocks whose tokens are taken.
+            norm: Apply the ViT's final norm.
 
         Returns:
             The feature map.
         """
+        if (overlap, tuple(layers), norm) != (1, (-1,), True):
+            with torch.no_grad():
+                return self.extractor.dense(
+                    images, resolution, overlap=overlap, layers=layers, norm=norm
+                )
         key = hashlib.sha256(images.cpu().numpy().tobytes()).digest() + str(resolution).encode()
 
         def trunk() -> TrunkState:

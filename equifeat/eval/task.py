@@ -30,6 +30,7 @@ class Row(NamedTuple):
         values: By name of a metric; NaN where the item says nothing about it.
         weights: By name of a metric, for those whose mean is "weighted".
         labels: What tables break down by: {"category": "chair", "view change": "30-60 deg"}.
+        part: Which part of the item, where an item has several rows.
     """
 
     item: str
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     values: Mapping[str, float]
     weights: Mapping[str, float] = {}
     labels: Mapping[str, str] = {}
+    part: str = ""
 
 
 class TaskData(ABC):

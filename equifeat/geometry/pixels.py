@@ -18,7 +18,7 @@ Convention:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,6 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SizeHW = tuple[int, int]
+MarginYX = tuple[float, float]
+"""Pixels of an image that a map leaves uncovered: at top and bottom each, at left and right."""
 
 
 def pixel_centers(
@@ -48,7 +50,10 @@ def pixel_centers(
 
 
 def patch_centers(
-    grid_hw: SizeHW, size_hw: SizeHW, device: torch.device | str | None = None
+    grid_hw: SizeHW,
+    size_hw: SizeHW,
+    device: torch.device | str | None = None,
+    margin_yx: MarginYX = (0.0, 0.0),
 ) -> Float[Tensor, "h w 2"]:
     """Return the centres of a grid of patches that covers an image, in the image's pixels.
 
@@ -56,11 +61,25 @@ def patch_centers(
         grid_hw: Rows and columns of patches.
         size_hw: Height and width of the image.
         device: Device of the result.
+        margin_yx: What the grid leaves uncovered on each side, in pixels of the image.
 
     Returns:
         (h, w, 2) xy in pixels of the image.
+
+    Convention:
+        Patches of 4 pixels that start every 2 pixels in an image of 8 × 4:
+
+        >>> patch_centers((1, 3), (4, 8), margin_yx=(1.0, 1.0))
+        tensor([[[2., 2.],
+                 [4., 2.],
+                 [6., 2.]]])
     """
-    return scale_xy(pixel_centers(grid_hw, device), grid_hw, size_hw)
+    centers = pixel_centers(grid_hw, device)
+    if not any(margin_yx):
+        return scale_xy(centers, grid_hw, size_hw)
+    inner_h, inner_w = _without_margin(size_hw, margin_yx)
+    stride = centers.new_tensor([inner_w / grid_hw[1], inner_h / grid_hw[0]])
+    return centers * stride + centers.new_tensor(margin_yx[::-1])
 
 
 def pixel_index(xy: Float[Tensor, "*b 2"]) -> Int[Tensor, "*b 2"]:
@@ -126,12 +145,14 @@ def scale_xy(xy: Float[Tensor, "*b 2"], from_hw: SizeHW, to_hw: SizeHW) -> Float
     return xy * xy.new_tensor([to_hw[1] / from_hw[1], to_hw[0] / from_hw[0]])
 
 
-def normalize_xy(xy: Float[Tensor, "*b 2"], size_hw: SizeHW) -> Float[Tensor, "*b 2"]:
+def normalize_xy(
+    xy: Float[Tensor, "*b 2"], size_hw: SizeHW | tuple[float, float]
+) -> Float[Tensor, "*b 2"]:
     """Map pixels to [-1, 1], corners to ±1 (align_corners=False): 2x/W - 1.
 
     Args:
         xy: Points in pixels.
-        size_hw: Height and width of the image.
+        size_hw: Height and width of the image; a part of an image may have broken ones.
 
     Returns:
         Normalised points.
@@ -171,17 +192,19 @@ def sample(
     xy: Float[Tensor, "b n 2"],
     size_hw: SizeHW,
     mode: Literal["bilinear", "nearest"] = "bilinear",
+    margin_yx: MarginYX = (0.0, 0.0),
 ) -> Float[Tensor, "b n d"]:
     """Sample a map that covers an image at points given in the image's pixels.
 
-    The map may have any resolution: its corners are the image's corners. Points outside take the
-    border's value.
+    The map may have any resolution: its corners are the image's corners, or lie a margin inside
+    of them. Points outside take the border's value.
 
     Args:
         features: The map.
         xy: Points in pixels of the image.
         size_hw: Height and width of the image, not of the map.
         mode: Interpolation.
+        margin_yx: What the map leaves uncovered on each side, in pixels of the image.
 
     Returns:
         One row of D values a point.
@@ -193,9 +216,51 @@ def sample(
         >>> sample(row, torch.tensor([[[0.5, 0.5], [1.0, 0.5]]]), (1, 2))[0, :, 0]
         tensor([1., 2.])
     """
-    grid = normalize_xy(xy, size_hw).to(features.dtype).unsqueeze(2)
+    covered: tuple[float, float] = size_hw
+    if any(margin_yx):
+        xy, covered = xy - xy.new_tensor(margin_yx[::-1]), _without_margin(size_hw, margin_yx)
+    grid = normalize_xy(xy, covered).to(features.dtype).unsqueeze(2)
     out = F.grid_sample(features, grid, mode=mode, padding_mode="border", align_corners=False)
     return out.squeeze(-1).transpose(1, 2)
+
+
+class LinearTaps(NamedTuple):
+    """Which two cells of a map bilinear sampling mixes at some places along one axis.
+
+    Attributes:
+        low: (K,) int64, the cell before each place.
+        high: (K,) int64, the cell after it.
+        weight: (K,) share of the cell after it, in [0, 1).
+    """
+
+    low: Tensor
+    high: Tensor
+    weight: Tensor
+
+
+def linear_taps(
+    places: Float[Tensor, "k"], cells: int, length: float, margin: float = 0.0
+) -> LinearTaps:
+    """Return what :func:`sample` does along one axis, for those who mix something else instead.
+
+    Args:
+        places: Points along the axis, in pixels of the image.
+        cells: Cells of the map along the axis.
+        length: Size of the image along the axis.
+        margin: What the map leaves uncovered on each side, in pixels of the image.
+
+    Returns:
+        Cells and weights; places outside take the border's cell.
+
+    Convention:
+        >>> low, high, weight = linear_taps(torch.tensor([0.5, 1.0, 1.75, 9.0]), 2, 2.0)
+        >>> low.tolist(), high.tolist(), weight.tolist()
+        ([0, 0, 1, 1], [1, 1, 1, 1], [0.0, 0.5, 0.0, 0.0])
+    """
+    stride = (length - 2.0 * margin) / cells
+    at = ((places - margin) / stride - 0.5).clamp(0.0, cells - 1.0)
+    low = at.floor().long()
+    return LinearTaps(low, (low + 1).clamp(max=cells - 1), at - low)
 
 
 def resize(
@@ -220,6 +285,10 @@ def resize(
     if mode == "nearest":
         return F.interpolate(image, size_hw, mode="nearest-exact")
     return F.interpolate(image, size_hw, mode=mode, align_corners=False, antialias=antialias)
+
+
+def _without_margin(size_hw: SizeHW, margin_yx: MarginYX) -> tuple[float, float]:
+    return size_hw[0] - 2.0 * margin_yx[0], size_hw[1] - 2.0 * margin_yx[1]
 
 
 def resize_by_factor(

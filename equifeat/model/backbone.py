@@ -6,12 +6,13 @@ The forward pass is cut in two: the trunk (frozen blocks, never any gradient gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import timm
 import torch
+import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
@@ -195,22 +196,32 @@ class Backbone(nn.Module):
         return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=False)
 
     @torch.no_grad()
-    def trunk(self, images: Float[Tensor, "b 3 h w"], tail_blocks: int = 0) -> TrunkState:
+    def trunk(
+        self, images: Float[Tensor, "b 3 h w"], tail_blocks: int = 0, overlap: int = 1
+    ) -> TrunkState:
         """Run the frozen blocks. No gradient graph is built.
 
         Args:
             images: RGB in [0, 1], height and width multiples of the patch.
             tail_blocks: How many of the last blocks are left to :meth:`tail`.
+            overlap: Patches start every patch_size / overlap pixels; positions are resampled (or
+                rotary ones made) for the larger grid.
 
         Returns:
             Tokens (B, prefix + h*w, D) before the last blocks.
+
+        Raises:
+            RecipeError: patch_size / overlap is no whole number.
         """
         size_hw = (int(images.shape[-2]), int(images.shape[-1]))
-        grid_hw = (size_hw[0] // self.patch_size, size_hw[1] // self.patch_size)
+        p, stride = self.patch_size, self.stride(overlap)
+        grid_hw = ((size_hw[0] - p) // stride + 1, (size_hw[1] - p) // stride + 1)
+        margin = (p - stride) / 2
         x = (images.to(self.mean) - self.mean) / self.std
         done = self.depth - tail_blocks
         with self._precision():
-            patches = self.model.patch_embed(x.to(self.dtype))
+            x = x.to(self.dtype)
+            patches = self.model.patch_embed(x) if overlap == 1 else self._embed(x, stride)
             if self.position == "reference":
                 tokens = self._add_reference_position(patches, grid_hw)
             else:
@@ -219,7 +230,7 @@ class Backbone(nn.Module):
             tokens = tokens[0] if self._eva else self.model.patch_drop(tokens)
             tokens = self.model.norm_pre(tokens)
             tokens = self._run(tokens, grid_hw, range(done))
-        return TrunkState(tokens, grid_hw, size_hw, done)
+        return TrunkState(tokens, grid_hw, size_hw, done, (margin, margin))
 
     def tail(
         self,
@@ -240,12 +251,71 @@ class Backbone(nn.Module):
         Returns:
             Patch tokens as a map of h × w patches.
         """
-        tokens = state.tokens.to(self.device, self.dtype)
-        blocks = range(state.blocks_done, self.depth)
+        return self.layers(state, (self.depth - 1,), True, around, recompute)[0]
+
+    def layers(
+        self,
+        state: TrunkState,
+        numbers: Sequence[int],
+        norm: bool = True,
+        around: Callable[[int], AbstractContextManager[None]] | None = None,
+        recompute: bool = False,
+    ) -> list[Tensor]:
+        """Run the remaining blocks as far as needed, and return what some blocks give.
+
+        Args:
+            state: What :meth:`trunk` returned, having passed none of these blocks but the first.
+            numbers: Numbers of blocks, from 0.
+            norm: Apply the final norm to each.
+            around: See :meth:`tail`.
+            recompute: See :meth:`tail`.
+
+        Returns:
+            (B, D, h, w) patch tokens after each block, in the order of numbers.
+
+        Raises:
+            ValueError: The state has passed one of these blocks already.
+        """
+        tokens, done = state.tokens.to(self.device, self.dtype), state.blocks_done
+        maps: dict[int, Tensor] = {}
         with self._precision():
-            tokens = self._run(tokens, state.grid_hw, blocks, around, recompute)
-            patches: Tensor = self.model.norm(tokens)[:, self.num_prefix_tokens :]
-        return patches.transpose(1, 2).reshape(len(patches), -1, *state.grid_hw)
+            for number in sorted(set(numbers)):
+                if number + 1 < done:
+                    raise ValueError(f"the state has passed {done} blocks, not only {number + 1}")
+                blocks = range(done, number + 1)
+                tokens = self._run(tokens, state.grid_hw, blocks, around, recompute)
+                done = number + 1
+                patches = (self.model.norm(tokens) if norm else tokens)[:, self.num_prefix_tokens :]
+                maps[number] = patches.transpose(1, 2).reshape(len(patches), -1, *state.grid_hw)
+        return [maps[number] for number in numbers]
+
+    def stride(self, overlap: int) -> int:
+        """Return the pixels from one patch to the next.
+
+        Args:
+            overlap: Patches start every patch_size / overlap pixels.
+
+        Returns:
+            A whole number of pixels of the resized image.
+
+        Raises:
+            RecipeError: patch_size / overlap is no whole number.
+        """
+        p = self.patch_size
+        if overlap < 1 or p % overlap:
+            choices = ", ".join(str(k) for k in range(1, p + 1) if p % k == 0)
+            raise RecipeError(
+                f"overlap={overlap} would start patches of {p} pixels every {p}/{overlap} pixels: "
+                f"choose one of {choices}."
+            )
+        return p // overlap
+
+    def _embed(self, images: Tensor, stride: int) -> Tensor:
+        """Do what timm's PatchEmbed does, with another stride; nothing of the model changes."""
+        embed = self.model.patch_embed
+        patches = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride)
+        out: Tensor = embed.norm(patches.permute(0, 2, 3, 1))
+        return out
 
     def _run(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from equifeat.errors import ImageError, KeypointError, RecipeError
@@ -62,6 +64,10 @@ class FeatureExtractor(nn.Module):
         images: Tensor,
         resolution: int | None = None,
         at: Literal["patch", "image"] = "patch",
+        *,
+        overlap: int = 1,
+        layers: Sequence[int] = (-1,),
+        norm: bool = True,
     ) -> FeatureMap:
         """Return a feature for every patch, or for every pixel.
 
@@ -70,19 +76,26 @@ class FeatureExtractor(nn.Module):
             resolution: Patches on the longer side; None keeps the image's own size, rounded to
                 whole patches.
             at: "patch" gives the map of patches, "image" one bilinearly resized to H × W.
+            overlap: Patches start every patch_size / overlap pixels of the resized image, with
+                positions resampled to the larger grid. The map then leaves a margin of the image
+                uncovered, see FeatureMap.
+            layers: Blocks whose tokens are taken, counted like list indices: -1 is the last. The
+                head refines the last block's map only.
+            norm: Apply the ViT's final norm (to every layer's tokens).
 
         Returns:
-            The features, not normalised.
+            The features, not normalised; of several layers, their L2-normalised features
+            concatenated: (B, len(layers) * D, h, w).
 
         Raises:
             ImageError: The images have a wrong shape, type or range.
-            RecipeError: resolution is below 1.
+            RecipeError: resolution is below 1, patch_size / overlap is no whole number, or there
+                is no such layer.
         """
         _check_images(images)
-        out = self.tail(self.trunk(images, resolution))
-        if at == "patch":
-            return out
-        return FeatureMap(resize(out.features, out.size_hw), out.size_hw)
+        state = self.trunk(images, resolution, overlap=overlap, layers=layers)
+        out = self.tail(state, layers=layers, norm=norm)
+        return out if at == "patch" else out.at_image()
 
     def at(self, images: Tensor, keypoints: Tensor, resolution: int | None = None) -> Tensor:
         """Return the descriptors of points.
@@ -108,12 +121,21 @@ class FeatureExtractor(nn.Module):
         """Return :meth:`dense`."""
         return self.dense(images, resolution)
 
-    def trunk(self, images: Tensor, resolution: int | None = None) -> TrunkState:
+    def trunk(
+        self,
+        images: Tensor,
+        resolution: int | None = None,
+        *,
+        overlap: int = 1,
+        layers: Sequence[int] = (-1,),
+    ) -> TrunkState:
         """Run what never changes in training: resizing and the frozen blocks, without gradients.
 
         Args:
             images: (B, 3, H, W) RGB in [0, 1].
             resolution: As in :meth:`dense`.
+            overlap: As in :meth:`dense`.
+            layers: As in :meth:`dense`: the state has passed none of these blocks but the first.
 
         Returns:
             A state to store, or to give to :meth:`tail`.
@@ -123,29 +145,53 @@ class FeatureExtractor(nn.Module):
         whole = (grid_hw[0] * self.patch_size, grid_hw[1] * self.patch_size)
         with torch.no_grad():
             resized = resize(images.to(self.backbone.device), whole)
-            state = self.backbone.trunk(resized, self.tail_blocks)
-        return state._replace(size_hw=size_hw)
+            left = max(self.tail_blocks, self.backbone.depth - 1 - min(self._layer_numbers(layers)))
+            state = self.backbone.trunk(resized, left, overlap)
+        margin = state.margin_yx
+        margin = (margin[0] * size_hw[0] / whole[0], margin[1] * size_hw[1] / whole[1])
+        return state._replace(size_hw=size_hw, margin_yx=margin)
 
-    def tail(self, state: TrunkState) -> FeatureMap:
+    def tail(
+        self, state: TrunkState, *, layers: Sequence[int] = (-1,), norm: bool = True
+    ) -> FeatureMap:
         """Run the adapted blocks, the final norm and the head.
 
         Args:
             state: What :meth:`trunk` gave, perhaps stored in between.
+            layers: As in :meth:`dense`.
+            norm: As in :meth:`dense`.
 
         Returns:
-            The features of the patches, not normalised.
+            The features of the patches, as :meth:`dense` gives them.
 
         Raises:
-            ValueError: The state comes from an extractor with fewer adapted blocks.
+            ValueError: The state comes from an extractor with fewer adapted blocks, or it has
+                passed one of the layers.
         """
+        numbers, last = self._layer_numbers(layers), self.backbone.depth - 1
         if state.blocks_done > self.backbone.depth - self.tail_blocks:
             raise ValueError(
                 f"the state has passed {state.blocks_done} blocks, but adapted blocks begin after "
                 f"{self.backbone.depth - self.tail_blocks}: make it with this extractor's trunk()"
             )
         around = None if self.adapter is None else self._attached
-        features = self.backbone.tail(state, around, self.recompute)
-        return FeatureMap(self.head(features), state.size_hw)
+        found = self.backbone.layers(state, numbers, norm, around, self.recompute)
+        pairs = zip(numbers, found, strict=True)
+        maps = [self.head(one) if number == last else one for number, one in pairs]
+        if len(maps) > 1:
+            maps = [torch.cat([F.normalize(one.float(), dim=1) for one in maps], dim=1)]
+        return FeatureMap(maps[0], state.size_hw, state.margin_yx)
+
+    def _layer_numbers(self, layers: Sequence[int]) -> list[int]:
+        depth = self.backbone.depth
+        wrong = [layer for layer in layers if not -depth <= layer < depth]
+        if wrong or not layers:
+            asked = wrong[0] if wrong else tuple(layers)
+            raise RecipeError(
+                f"layers has {asked}, but {self.backbone.name} has the blocks 0 to {depth - 1}, "
+                f"or -{depth} to -1."
+            )
+        return [layer % depth for layer in layers]
 
     def _attached(self, index: int) -> AbstractContextManager[None]:
         assert self.adapter is not None

@@ -11,7 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
 
-from equifeat.geometry.pixels import SizeHW, sample
+from equifeat.geometry.pixels import (
+    MarginYX,
+    SizeHW,
+    patch_centers,
+    pixel_centers,
+    resize,
+    sample,
+)
 
 
 class TrunkState(NamedTuple):
@@ -22,12 +29,14 @@ class TrunkState(NamedTuple):
         grid_hw: Rows and columns of patches.
         size_hw: Height and width of the image that was asked about.
         blocks_done: How many blocks the tokens have passed.
+        margin_yx: See :class:`FeatureMap`.
     """
 
     tokens: Tensor
     grid_hw: SizeHW
     size_hw: SizeHW
     blocks_done: int
+    margin_yx: MarginYX = (0.0, 0.0)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -64,15 +73,19 @@ class TrunkState(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A map of features that covers an image.
+    """A map of features that covers an image, up to a margin.
 
     Args:
         features: (B, D, h, w), not normalised unless :meth:`normalized` made it.
         size_hw: Height and width of the image, in whose pixels points are given.
+        margin_yx: Pixels of the image that the map leaves uncovered at top and bottom each, and at
+            left and right each. Patches of p pixels that overlap and start every s pixels cover
+            the image but for (p - s) / 2 when each stands for the s pixels around its centre.
     """
 
     features: Float[Tensor, "b d h w"]
     size_hw: SizeHW
+    margin_yx: MarginYX = (0.0, 0.0)
 
     @property
     def grid_hw(self) -> SizeHW:
@@ -82,7 +95,29 @@ class FeatureMap:
     @property
     def stride(self) -> tuple[float, float]:
         """Pixels of the image from one feature to the next, (y, x)."""
-        return self.size_hw[0] / self.grid_hw[0], self.size_hw[1] / self.grid_hw[1]
+        y, x = (self.size_hw[i] - 2 * self.margin_yx[i] for i in (0, 1))
+        return y / self.grid_hw[0], x / self.grid_hw[1]
+
+    def centers(self) -> Float[Tensor, "h w 2"]:
+        """Return where the features lie.
+
+        Returns:
+            (h, w, 2) xy in pixels of the image, in float32, on the map's device.
+        """
+        return patch_centers(self.grid_hw, self.size_hw, self.features.device, self.margin_yx)
+
+    def at_image(self) -> FeatureMap:
+        """Return a map with one feature a pixel, bilinearly resized.
+
+        Returns:
+            A map of the image's size, without a margin: there the border's value is repeated.
+        """
+        if not any(self.margin_yx):
+            return FeatureMap(resize(self.features, self.size_hw), self.size_hw)
+        xy = pixel_centers(self.size_hw, self.features.device, torch.float32).reshape(1, -1, 2)
+        xy = xy.expand(len(self.features), -1, -1)
+        values = self.sample(xy, normalize=False).to(self.features.dtype)
+        return FeatureMap(values.mT.reshape(len(values), -1, *self.size_hw), self.size_hw)
 
     def normalized(self) -> FeatureMap:
         """Return the map with every feature divided by its L2 norm, in float32 or better.
@@ -105,7 +140,8 @@ class FeatureMap:
             One descriptor a point, in float32 or better.
         """
         # Half-precision coordinates would be off by whole pixels, so the map is widened first.
-        values = sample(_at_least_float32(self.features), keypoints, self.size_hw)
+        wide = _at_least_float32(self.features)
+        values = sample(wide, keypoints, self.size_hw, margin_yx=self.margin_yx)
         return F.normalize(values, dim=-1) if normalize else values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,7 @@ class Head(nn.Module):
             kinds = ", ".join(get_args(HeadKind))
             near = suggest(kind, get_args(HeadKind))
             raise RecipeError(f"head must be one of {kinds}, not {kind!r}.{near}")
-        self.kind = kind
+        self.kind = cast(HeadKind, kind)
         self.conv: nn.Conv2d | None = None
         if kind == "none":
             return

@@ -16,9 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from equifeat.checkpoint import load_model
 from equifeat.cli import run
-from equifeat.commands import equivariance
+from equifeat.cli import run
 from equifeat.errors import EquifeatError, RecipeError
 from equifeat.eval.equivariance_result import EquivarianceResult
+from equifeat.eval.results import Results
 from equifeat.model.extractor import build_extractor
 from equifeat.train.checkpoints import checkpoints, read_checkpoint
 from equifeat.train.loggers import read_metrics
@@ -111,14 +112,18 @@ def test_numbers_are_those_of_evaluate_equivariance(
     config = json.loads((watched / "best/config.json").read_text())
     best, step = watched / "best", config["recipe"]["steps"]
     for name, model in ((f"step_{step:06d}", best), ("step_000006", watched / "model")):
-        equivariance(
-            views / "held_out", [str(model)], tmp_path / "out.json",
-            pairs="3", points="50", target_stride=2,
-        )  # fmt: skip
+        out = tmp_path / name
+        command = ["evaluate", "equivariance", "--data", str(views / "held_out"), "--device", "cpu"]
+        command += ["--set", "pairs=3", "points=50", "target_stride=2"]
+        run([*command, "--model", str(model), "--out", str(out), "--pictures", "0"])
         ours = EquivarianceResult.from_json((watched / f"watch/{name}.json").read_text())
-        theirs = EquivarianceResult.from_json((tmp_path / "out.json").read_text())
-        assert torch.equal(ours.object_values("now"), theirs.object_values(str(model)))
-        assert [row[:5] for row in ours.rows] == [row[:5] for row in theirs.rows]
+        (theirs,) = Results.from_json((out / "results.json").read_text()).tasks
+        rows = theirs.models[0].rows[0]
+        pairs = [(r.object_name, f"{r.view0}-{r.view1}") for r in ours.rows]
+        assert pairs == [(r.item, r.part) for r in rows]
+        for mine, row in zip(ours.rows, rows, strict=True):
+            values = dict(zip(ours.metrics, mine.scores["now"], strict=True))
+            assert values == pytest.approx(dict(row.values), rel=1e-6)
     logged = column(watched, "watch/pcdp@.10")
     assert logged[step - 1] == max(logged.values())
     assert config["recipe"]["held_out"]["this model"]["PCDP@.10"] == logged[step - 1]
