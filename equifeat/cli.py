@@ -136,7 +136,7 @@ def build_parser(name: str) -> Any:
         word = optional.lstrip("-")
         kind = str if word in ("set", "model") else Path
         # written twice, an option takes both lists
-        more = {"action": "extend"} if optional.startswith("--") else {}
+        more: dict[str, Any] = {"action": "extend"} if optional.startswith("--") else {}
         said = _HELP.get(word, command.help)
         parser.add_argument(optional, nargs="*", type=kind, default=[], help=said, **more)
     for word in command.words:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from equifeat._version import __version__
@@ -240,6 +241,7 @@ def demo_report(
         curves_picture(_curves(result, steps, losses)),
     )
     for key, picture in pictures.items():
+        assert isinstance(picture.image, Image.Image)
         save_png(picture.image, out / f"{key}.png")
     tables = [
         Table("Held-out objects", result.cells(), result.caption()),

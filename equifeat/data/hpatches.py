@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equifeat.data.semantic_pairs import MAX_ANNOTATION_BYTES, read_text
+from equifeat.data.text_files import MAX_ANNOTATION_BYTES, read_text
 from equifeat.errors import EvalDataError
 
 Layout = Literal["hpatches", "oxford"]

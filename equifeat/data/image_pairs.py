@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equifeat.data.images import read_image
-from equifeat.data.semantic_pairs import MAX_LIST_BYTES, read_text
+from equifeat.data.text_files import MAX_LIST_BYTES, read_text
 from equifeat.errors import EvalDataError, ImageError
 from equifeat.geometry.pixels import SizeHW, from_integer_centers
 

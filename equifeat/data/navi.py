@@ -19,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from equifeat.data.semantic_pairs import MAX_LIST_BYTES, plain_name, read_text
+from equifeat.data.text_files import MAX_LIST_BYTES, plain_name, read_text
 from equifeat.errors import EvalDataError
 from equifeat.geometry.camera import rotation_angle_deg
 from equifeat.geometry.pixels import SizeHW

@@ -17,15 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from equifeat.data.semantic_pairs import (
-    MAX_ANNOTATION_BYTES,
-    MAX_LIST_BYTES,
-    KeypointPair,
-    PairList,
-    plain_name,
-    points_of,
-    read_text,
-)
+from equifeat.data.semantic_pairs import KeypointPair, PairList, points_of
+from equifeat.data.text_files import MAX_ANNOTATION_BYTES, MAX_LIST_BYTES, plain_name, read_text
 from equifeat.errors import EvalDataError, import_extra
 
 # Class numbers of the lists, from 1.

@@ -10,14 +10,8 @@ import csv
 import io
 from pathlib import Path
 
-from equifeat.data.semantic_pairs import (
-    MAX_LIST_BYTES,
-    KeypointPair,
-    PairList,
-    plain_name,
-    points_of,
-    read_text,
-)
+from equifeat.data.semantic_pairs import KeypointPair, PairList, points_of
+from equifeat.data.text_files import MAX_LIST_BYTES, plain_name, read_text
 from equifeat.errors import EvalDataError
 
 LISTS = ("test_pairs.csv", "test_pairs_pf.csv")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from equifeat.data.image_pairs import PixelCenters, find_list, read_K, read_pair_list, rigid
-from equifeat.data.semantic_pairs import MAX_ANNOTATION_BYTES, read_text
+from equifeat.data.text_files import MAX_ANNOTATION_BYTES, read_text
 from equifeat.errors import EvalDataError
 from equifeat.geometry.camera import invert
 from equifeat.geometry.pixels import SizeHW

@@ -8,15 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from equifeat.data.semantic_pairs import (
-    MAX_ANNOTATION_BYTES,
-    MAX_LIST_BYTES,
-    KeypointPair,
-    PairList,
-    plain_name,
-    points_of,
-    read_text,
-)
+from equifeat.data.semantic_pairs import KeypointPair, PairList, points_of
+from equifeat.data.text_files import MAX_ANNOTATION_BYTES, MAX_LIST_BYTES, plain_name, read_text
 from equifeat.errors import EvalDataError
 
 _SIDES = ("0 none", "1 source", "2 target", "3 both")

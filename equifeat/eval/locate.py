@@ -3,8 +3,8 @@
 A dot product with a mean of features is the mean of the dot products, so similarities with the
 map's own features are interpolated: N values a place instead of D. They are divided by the length
 of the interpolated feature, which follows from the dot products of neighbouring features:
-|Σ wᵢ fᵢ|² = Σ wᵢ wⱼ fᵢ·fⱼ. The result is that of interpolating first and normalising then, as the
-reference implementation does on PF-PASCAL (arXiv 2411.19458).
+|Σ wᵢ fᵢ|² = Σ wᵢ wⱼ fᵢ·fⱼ. The result is that of interpolating first and normalising then. (The
+reference implementation does not normalise at all on PF-PASCAL: equifeat.eval.locate_dot.)
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from equifeat.errors import RecipeError
@@ -93,16 +93,23 @@ def _published() -> dict[str, dict[str, float]]:
     return out
 
 
+_OURS = Protocol(
+    "onepose/lowtexture",
+    "pose",
+    "Pose of objects known from one video in frames of another: nearest descriptors, PnP",
+    "arXiv 2411.19458 (ICLR 2025), github.com/qq456cvb/3DCorrEnhance evaluate.py; data: "
+    "OnePose++ (NeurIPS 2022), github.com/zju3dv/OnePose_Plus_Plus",
+    (*(Metric(accuracy_name(k)) for k in THRESHOLDS), Metric(ADD)),
+    "object",
+    options=OnePoseOptions(),
+)
 PROTOCOLS: tuple[Protocol, ...] = (
-    Protocol(
-        "onepose/lowtexture-mef",
-        "pose",
-        "Pose of objects known from one video in frames of another: nearest descriptors, PnP.",
-        "arXiv 2411.19458 (ICLR 2025), github.com/qq456cvb/3DCorrEnhance evaluate.py; data: "
-        "OnePose++ (NeurIPS 2022), github.com/zju3dv/OnePose_Plus_Plus",
-        (*(Metric(accuracy_name(k)) for k in THRESHOLDS), Metric(ADD)),
-        "object",
-        options=OnePoseOptions(),
+    _OURS,
+    replace(
+        _OURS,
+        id="onepose/lowtexture-mef",
+        about="The same as released, with template keypoints half a pixel off",
+        options=OnePoseOptions(keypoint_pixels="corner"),
         published=_published(),
     ),
 )

@@ -203,7 +203,7 @@ class Backbone(nn.Module):
 
         Args:
             images: RGB in [0, 1], height and width multiples of the patch.
-            tail_blocks: How many of the last blocks are left to :meth:`tail`.
+            tail_blocks: How many of the last blocks are left to :meth:`layers`.
             overlap: Patches start every patch_size / overlap pixels; positions are resampled (or
                 rotary ones made) for the larger grid.
 
@@ -232,26 +232,16 @@ class Backbone(nn.Module):
             tokens = self._run(tokens, grid_hw, range(done))
         return TrunkState(tokens, grid_hw, size_hw, done, (margin, margin))
 
-    def tail(
-        self,
-        state: TrunkState,
-        around: Callable[[int], AbstractContextManager[None]] | None = None,
-        recompute: bool = False,
-    ) -> Float[Tensor, "b d h w"]:
-        """Run the remaining blocks and the final norm, with gradients if anything needs them.
-
-        The norm is timm's `model.norm`; it is the identity for the few models that normalise only
-        after pooling.
+    def tail(self, state: TrunkState) -> Float[Tensor, "b d h w"]:
+        """Run all remaining blocks and the final norm; see :meth:`layers`.
 
         Args:
-            state: What :meth:`trunk` returned, on any device and in any floating type.
-            around: Gives the context in which the block of a number runs.
-            recompute: Keep only what enters each block, and run the block again for its gradients.
+            state: What :meth:`trunk` returned.
 
         Returns:
             Patch tokens as a map of h × w patches.
         """
-        return self.layers(state, (self.depth - 1,), True, around, recompute)[0]
+        return self.layers(state, (self.depth - 1,))[0]
 
     def layers(
         self,
@@ -261,14 +251,18 @@ class Backbone(nn.Module):
         around: Callable[[int], AbstractContextManager[None]] | None = None,
         recompute: bool = False,
     ) -> list[Tensor]:
-        """Run the remaining blocks as far as needed, and return what some blocks give.
+        """Run the remaining blocks as far as needed, with gradients if anything needs them.
+
+        The norm is timm's `model.norm`; it is the identity for the few models that normalise only
+        after pooling.
 
         Args:
-            state: What :meth:`trunk` returned, having passed none of these blocks but the first.
+            state: What :meth:`trunk` returned, on any device and in any floating type, having
+                passed none of these blocks but the first.
             numbers: Numbers of blocks, from 0.
             norm: Apply the final norm to each.
-            around: See :meth:`tail`.
-            recompute: See :meth:`tail`.
+            around: Gives the context in which the block of a number runs.
+            recompute: Keep only what enters each block, and run the block again for its gradients.
 
         Returns:
             (B, D, h, w) patch tokens after each block, in the order of numbers.

@@ -95,7 +95,7 @@ class CompiledBlocks:
         try:
             out = self._compiled(block, copy, rope)
             if inputs:
-                torch.autograd.grad(out.float().sum(), inputs, allow_unused=True, retain_graph=True)
+                torch.autograd.grad(out.float().sum(), inputs, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # backends raise what they like

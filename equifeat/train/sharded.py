@@ -87,9 +87,9 @@ def shard_frozen(extractor: FeatureExtractor, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     # The root, which gathers a block while the one before it runs.
     fully_shard(backbone, mesh=mesh)
-    for method in ("trunk", "tail"):
+    for method in ("trunk", "layers"):
         register_fsdp_forward_method(backbone, method)
-    # tail() returns a view, which FSDP fears might be written to in place; nothing does.
+    # layers() returns views, which FSDP fears might be written to in place; nothing does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,12 +49,12 @@ class Counted:
         return self.inner.dense(images, resolution)
 
 
-def score(views: Path, model: Counted, cache: Path | None, **options: object) -> TaskResult:
+def score(views: Path, model: Counted, cache: Path | None, **options: Any) -> TaskResult:
     specs = [ModelSpec("oracle", ("oracle",))]
     opened = OpenModel(model, model.hash)
     result = evaluate(
         EQUIVARIANCE, PROTOCOL, views, specs, lambda word: opened, cache=cache, **options
-    )  # type: ignore[arg-type]
+    )
     assert result is not None
     return result
 
@@ -99,11 +100,9 @@ COMMAND = [sys.executable, "-m", "equifeat.cli", "evaluate", "equivariance", "--
 OPTIONS = ["--model", "oracle", "random", "--protocol", "views/quick", "--pictures", "0"]
 
 
-def run(words: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=250, **options
-    )  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
 
 
 def rows(folder: Path) -> object:

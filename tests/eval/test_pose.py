@@ -27,7 +27,7 @@ from equifeat.eval.task import Prediction, Row
 from equifeat.metrics.pose import rotation_error_deg, translation_error_cm
 from equifeat.model.feature_map import FeatureMap
 
-MEF = next(p for p in POSE.protocols if p.id == "onepose/lowtexture-mef")
+OURS, MEF = (p for p in POSE.protocols if p.id.startswith("onepose/"))
 SECOND = "9002-object2-others"
 
 
@@ -47,7 +47,7 @@ def own(painted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(painted, tmp_path / "own"))
 
 
-def opened(root: Path, protocol: Protocol = MEF) -> OnePoseData:
+def opened(root: Path, protocol: Protocol = OURS) -> OnePoseData:
     data = POSE.open(root, protocol)
     assert isinstance(data, OnePoseData)
     return data
@@ -64,7 +64,7 @@ def means(rows: list[Row]) -> dict[str, float]:
     by_unit = defaultdict(list)
     for row in rows:
         by_unit[row.unit].append(row.values)
-    names = [metric.name for metric in MEF.metrics]
+    names = [metric.name for metric in OURS.metrics]
     return {
         name: float(np.mean([np.mean([v[name] for v in one]) for one in by_unit.values()]))
         for name in names
@@ -118,7 +118,7 @@ def test_scores_match_a_plain_computation(painted: Path) -> None:
 
 def test_random_features_are_at_chance(painted: Path) -> None:
     """A random rotation is within 5 degrees with (x - sin x) / pi = 3.5e-5 at x = 5 degrees."""
-    data = opened(painted, MEF.changed({"iterations": "100"}))
+    data = opened(painted, OURS.changed({"iterations": "100"}))
     _, rows = run(data, RandomFeatures())
     assert max(means(rows).values()) == 0.0
 
@@ -126,10 +126,10 @@ def test_random_features_are_at_chance(painted: Path) -> None:
 def test_options_change_what_they_say(
     painted: Path, oracle: tuple[list[Prediction], list[Row]]
 ) -> None:
-    source = FeatureSource(CoordinateOracle(), MEF.features)
+    source = FeatureSource(CoordinateOracle(), OURS.features)
 
     def first(**changes: str) -> Prediction:
-        return opened(painted, MEF.changed(changes)).predict(0, source)
+        return opened(painted, OURS.changed(changes)).predict(0, source)
 
     plain = oracle[0][0]
     other = first(method="poselib", dtype="bfloat16")
@@ -143,11 +143,11 @@ def test_options_change_what_they_say(
     assert not bool(few["ok"])
     assert torch.equal(few["cam_from_object"], torch.eye(4, dtype=torch.float64))
     assert int(few["inliers"]) == 0
-    every = opened(painted, MEF.changed({"frame_step": "1"}))
+    every = opened(painted, OURS.changed({"frame_step": "1"}))
     assert len(every.items) == 42
     for bad in ({"query_stride": "0"}, {"threshold_px": "0"}, {"templates": "-1"}):
         with pytest.raises(RecipeError, match="must be"):
-            opened(painted, MEF.changed(bad))
+            opened(painted, OURS.changed(bad))
 
 
 class Shapes(RandomFeatures):
@@ -166,7 +166,7 @@ class Shapes(RandomFeatures):
 
 def test_pictures_get_an_eighth_of_their_pixels_as_patches(painted: Path) -> None:
     for changes, patches in (({}, 16), ({"cell": "4"}, 32), ({"resolution": "20"}, 20)):
-        protocol = MEF.changed({"iterations": "1", "templates": "2", **changes})
+        protocol = OURS.changed({"iterations": "1", "templates": "2", **changes})
         model = Shapes()
         opened(painted, protocol).predict(0, FeatureSource(model, protocol.features))
         assert model.asked == [patches] * 3
@@ -175,22 +175,22 @@ def test_pictures_get_an_eighth_of_their_pixels_as_patches(painted: Path) -> Non
 def test_templates_are_described_once_for_an_object(painted: Path) -> None:
     """And frames in another order, as after an interruption, give the same poses."""
     model = Shapes()
-    data = opened(painted, MEF.changed({"iterations": "10"}))
+    data = opened(painted, OURS.changed({"iterations": "10"}))
     source = FeatureSource(model, data.protocol.features)
     for i in range(6):
         data.predict(i, source)
     assert len(model.asked) == 2 * 10 + 6
-    again = opened(painted).predict(4, FeatureSource(CoordinateOracle(), MEF.features))
+    again = opened(painted).predict(4, FeatureSource(CoordinateOracle(), OURS.features))
     data = opened(painted)
-    source = FeatureSource(CoordinateOracle(), MEF.features)
+    source = FeatureSource(CoordinateOracle(), OURS.features)
     data.predict(0, source)
     after = data.predict(4, source)
     assert all(torch.equal(again[key], after[key]) for key in again)
 
 
 def test_template_draw_is_seeded_and_its_own(painted: Path, own: Path) -> None:
-    options = MEF.changed({"descriptors": "50"}).options
-    source = FeatureSource(RandomFeatures(), MEF.features)
+    options = OURS.changed({"descriptors": "50"}).options
+    source = FeatureSource(RandomFeatures(), OURS.features)
     thing = opened(painted).objects[1]
     first, same, other = (build_bank(thing, options, seed, source).points for seed in (0, 0, 1))
     assert first.shape == (50, 3)
@@ -200,7 +200,7 @@ def test_template_draw_is_seeded_and_its_own(painted: Path, own: Path) -> None:
     alone = opened(own).objects[0]
     assert alone.name == SECOND
     assert torch.equal(build_bank(alone, options, 0, source).points, first)
-    whole = build_bank(thing, MEF.options, 0, source)
+    whole = build_bank(thing, OURS.options, 0, source)
     assert len(whole.points) == len(whole.descriptors) > 1000
 
 
@@ -213,7 +213,7 @@ def test_frames_are_spread_evenly() -> None:
 
 def test_half_a_pixel_is_seen(painted: Path, oracle: tuple[list[Prediction], list[Row]]) -> None:
     """Keypoints taken for corner pixels, as the released code does, put poses off."""
-    data = opened(painted, MEF.changed({"keypoint_pixels": "corner"}))
+    data = opened(painted, OURS.changed({"keypoint_pixels": "corner"}))
     predictions, _ = run(data, CoordinateOracle())
 
     def error(found: list[Prediction]) -> float:
@@ -279,7 +279,7 @@ def test_picture_shows_truth_and_estimate(
 
 
 def test_check_counts_and_names_damage(own: Path) -> None:
-    check = POSE.check(own, MEF)
+    check = POSE.check(own, OURS)
     assert check.counts["objects"] == 2
     assert check.counts["sequences"] == 4
     assert check.counts["template frames"] == 20
@@ -289,13 +289,13 @@ def test_check_counts_and_names_damage(own: Path) -> None:
     assert any("data hash" in note for note in check.notes)
     assert any("40 objects, 80 sequences" in note for note in check.notes)
     write_sums(own)
-    assert any("compared" in note for note in POSE.check(own, MEF).notes)
+    assert any("compared" in note for note in POSE.check(own, OURS).notes)
 
     before = opened(own).data_hash
     sequence = own / "lowtexture_test_data" / SECOND / "object2-2"
     (sequence / "poses_ba" / "0.txt").write_text("1 0\n")
     (sequence.with_name("object2-1") / "anno_loftr" / "3.json").write_text("{}")
-    problems = " ".join(POSE.check(own, MEF).problems)
+    problems = " ".join(POSE.check(own, OURS).problems)
     assert "poses_ba/0.txt: not 4 rows of 4" in problems
     assert "anno_loftr/3.json: not a 2D annotation" in problems
     assert "its hash differs" in problems
@@ -321,7 +321,7 @@ def test_missing_data_says_where_to_get_it(own: Path, gone: str) -> None:
     else:
         path.unlink()
     with pytest.raises(EvalDataError) as error:
-        POSE.open(own, MEF)
+        POSE.open(own, OURS)
     assert POSE.where["onepose"] in str(error.value)
 
 
@@ -330,13 +330,13 @@ def test_objects_without_annotated_points_are_named(own: Path) -> None:
     for file in folder.iterdir():
         file.write_text('{"keypoints2d": [], "assign_matrix": []}')
     with pytest.raises(EvalDataError, match=r"anno_loftr: no frame has a point"):
-        opened(own).predict(0, FeatureSource(RandomFeatures(), MEF.features))
+        opened(own).predict(0, FeatureSource(RandomFeatures(), OURS.features))
 
 
 def test_protocols_of_the_task() -> None:
     ids = [protocol.id for protocol in POSE.protocols]
     assert len(ids) == len(set(ids))
-    assert ids[0] == MEF.id
+    assert ids[0] == OURS.id
     families = {one.partition("/")[0] for one in ids}
     assert families == set(POSE.where) == {"onepose", "bop"}
     assert all(protocol.task == POSE.name == "pose" for protocol in POSE.protocols)

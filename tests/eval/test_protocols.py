@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_wrong_changes_are_named(option: str, value: str, match: str) -> None:
 def test_the_digest_covers_what_numbers_depend_on_and_nothing_else() -> None:
     same = dataclasses.replace(SAMPLE, about="other words", source="there", published={})
     assert same.digest() == SAMPLE.digest()
-    others = [
+    others: list[dict[str, Any]] = [
         {"metrics": (Metric("PCDP@.10", mean="rows"),)},
         {"unit": "pair"},
         {"version": 2},

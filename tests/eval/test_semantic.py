@@ -52,8 +52,6 @@ def small(name: str, **changes: Any) -> Protocol:
     """A protocol at a size that tests can afford."""
     protocol = next(p for p in SEMANTIC.protocols if p.id == name)
     sizes = {"side": str(SIDE), **({"grid": str(SIDE)} if protocol.options.grid else {})}
-    # controls know final features only
-    sizes = sizes if protocol.features.norm else {**sizes, "norm": "true"}
     return protocol.changed({**sizes, **{k: str(v) for k, v in changes.items()}})
 
 
@@ -260,8 +258,8 @@ def test_dot_prefers_long_features(painted: Path) -> None:
     """The reference's PF-PASCAL code does not normalise the target."""
 
     class Loud(CoordinateOracle):
-        def dense(self, images: torch.Tensor, resolution: int | None = None) -> Any:
-            out = super().dense(images, resolution)
+        def dense(self, images: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            out = super().dense(images, *rest, **options)
             seen = out.features.abs().sum(dim=1, keepdim=True) > 0
             mean = out.features.sum(dim=(2, 3), keepdim=True) / seen.sum()
             out.features[..., :4, :4] = 10 * mean
@@ -336,9 +334,9 @@ def test_features_of_the_last_source_are_held(painted: Path) -> None:
     asked = []
 
     class Counting(RandomFeatures):
-        def dense(self, images: torch.Tensor, resolution: int | None = None) -> Any:
+        def dense(self, images: torch.Tensor, *rest: Any, **options: Any) -> Any:
             asked.append(1)
-            return super().dense(images, resolution)
+            return super().dense(images, *rest, **options)
 
     pair = data.pairs[0]
     data.pairs[1] = pair._replace(target=pair.source)

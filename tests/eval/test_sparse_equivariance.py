@@ -14,6 +14,7 @@ from equifeat.data.sparse_views import CaptureOptions, SparseViews
 from equifeat.data.views import open_views
 from equifeat.eval.equivariance import HasDense, evaluate_equivariance
 from equifeat.eval.equivariance_result import EquivarianceResult
+from equifeat.eval.results import Results
 from equifeat.geometry.camera import Camera
 from tests.data.sparse_fixtures import Truth, write_co3d, write_colmap
 from tests.eval.spheres import PointMap, RandomFeatures, Sphere
@@ -128,14 +129,15 @@ def test_rendered_objects_are_reported_as_before() -> None:
 
 
 def test_command(truth: Truth, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "result.json"
+    out = tmp_path / "result"
     run(
         [
-            *("evaluate", "equivariance", "--views", str(truth.folder.parent)),
+            *("evaluate", "equivariance", "--data", str(truth.folder.parent)),
             *("--model", "test_vit.r160_in1k", "--weights", "random"),
-            *("--points", "50", "--pairs", "3", "--target-stride", "4", "--out", str(out)),
+            *("--set", "points=50", "pairs=3", "target_stride=4", "--out", str(out)),
         ]
     )
     said = capsys.readouterr().out
     assert "captures: their points are tracks" in said
-    assert EquivarianceResult.from_json(out.read_text()).config["captured_objects"] == 1
+    (task,) = Results.load(out / "results.json").tasks
+    assert "1 objects are captures" in task.caption

@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from equifeat.checkpoint import load_model
 from equifeat.cli import run
-from equifeat.cli import run
 from equifeat.errors import EquifeatError, RecipeError
 from equifeat.eval.equivariance_result import EquivarianceResult
 from equifeat.eval.results import Results
