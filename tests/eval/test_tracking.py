@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,9 +42,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def opened(name: str, root: Path, changes: Mapping[str, str]) -> TrackingData:
-    # controls give plain maps
-    protocol = PROTOCOLS[name].changed({"overlap": "1", "norm": "true", **changes})
-    return open_tracking(root, protocol)
+    return open_tracking(root, PROTOCOLS[name].changed(changes))
 
 
 def video_of(data: TrackingData) -> TrackedVideo:
@@ -111,11 +110,11 @@ def test_frames_can_be_resized_first(painted: Mapping[str, Path]) -> None:
     seen: list[tuple[int, ...]] = []
 
     class Spy(RandomFeatures):
-        def dense(self, images: torch.Tensor, resolution: int | None = None) -> object:  # type: ignore[override]
+        def dense(self, images: torch.Tensor, *rest: Any, **options: Any) -> Any:
             seen.append(tuple(images.shape))
-            return super().dense(images, resolution)
+            return super().dense(images, *rest, **options)
 
-    found = data.predict(0, FeatureSource(Spy(), data.protocol.features))  # type: ignore[arg-type]
+    found = data.predict(0, FeatureSource(Spy(), data.protocol.features))
     assert set(seen) == {(1, 3, 84, 112)}
     queries = video_of(data).queries
     # each point is found again in its own frame, in pixels of the video
