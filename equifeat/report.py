@@ -66,7 +66,7 @@ footer { margin-top: 3rem; color: var(--quiet); font-size: .9rem; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 # Larger pictures are embedded as JPEG.
-_PNG_BYTES, _JPEG_QUALITY = 400_000, 90
+_PNG_BYTES, _JPEG_QUALITY = 60_000, 90
 
 
 class Picture(NamedTuple):

@@ -158,7 +158,12 @@ class Protocol:
         if not said:
             return self
         words = ",".join(f"{name}={_word(said[name])}" for name in sorted(said))
-        out: dict[str, Any] = {"id": f"{self.id}+{words}", "published": {}, **parts[""]}
+        out: dict[str, Any] = {
+            "id": f"{self.id}+{words}",
+            "about": f"{self.about}; changed: {words.replace(',', ', ')}",
+            "published": {},
+            **parts[""],
+        }
         for part in ("features", "options"):
             if parts[part]:
                 out[part] = dataclasses.replace(getattr(self, part), **parts[part])

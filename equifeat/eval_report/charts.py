@@ -192,7 +192,7 @@ def radar_chart(axes_of: Sequence[Axis], series: Mapping[str, Sequence[float]], 
     turn = np.linspace(0, 2 * np.pi, len(axes_of), endpoint=False)
     with matplotlib.rc_context(_RC):
         # fixed places: an automatic layout makes the circle tiny to fit long labels
-        height = 4.35 + 0.22 * len(series)
+        height = 4.55 + 0.22 * len(series)
         figure = Figure(figsize=(5.4, height))
         FigureCanvasSVG(figure)
         axes: Any = figure.add_axes(
@@ -217,7 +217,8 @@ def radar_chart(axes_of: Sequence[Axis], series: Mapping[str, Sequence[float]], 
         axes.set_xticks(turn, names, fontsize=10)
         axes.tick_params("x", pad=6)
         for text, angle in zip(axes.get_xticklabels(), turn, strict=True):
-            side = math.sin(angle)
+            side, up = math.sin(angle), math.cos(angle)
+            text.set_verticalalignment("bottom" if up > 0.5 else "top" if up < -0.5 else "center")
             text.set_horizontalalignment(
                 "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
             )

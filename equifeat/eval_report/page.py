@@ -81,10 +81,7 @@ def _radar(tasks: Sequence[TaskResult]) -> list[Content]:
         ]
     series = {name: [t.summary(name)[t.lead.name].value for t in found] for name in shared}
     axes = [
-        Axis(
-            "\n".join([t.protocol.id.partition("+")[0], *wrap(heading(t.lead), 15)]), t.lead.higher
-        )
-        for t in found
+        Axis("\n".join([*_id_lines(t), *wrap(heading(t.lead), 16)]), t.lead.higher) for t in found
     ]
     alt = "Radar plot of the leading metrics; the same numbers are in the tables of the tasks."
     caption = (
@@ -92,6 +89,13 @@ def _radar(tasks: Sequence[TaskResult]) -> list[Content]:
         "each task. Every axis states its range from the centre to the rim; outwards is better."
     )
     return [Chart("Leading metrics", caption, radar_chart(axes, series, alt))]
+
+
+def _id_lines(task: TaskResult) -> list[str]:
+    """The id without a user's changes, cut behind the slash where it is too long for a chart."""
+    name = task.protocol.id.partition("+")[0]
+    family, _, rest = name.partition("/")
+    return [name] if len(name) <= 18 else [f"{family}/", rest]
 
 
 def _finite(task: TaskResult, model: str) -> bool:

@@ -107,7 +107,7 @@ def test_bad_lines_of_pf_pascal(tmp_path: Path, line: str, said: str) -> None:
 
 
 def test_names_never_leave_the_folder(tmp_path: Path) -> None:
-    pascal(tmp_path / "set", "../../../secret/a.jpg,/root/b.jpg,1,1,3,4,5\n")
+    pascal(tmp_path / "set", "../../../secret/a.jpg,/elsewhere/b.jpg,1,1,3,4,5\n")
     pair = read_pf_pascal(tmp_path / "set", "different").pairs[0]
     assert pair.source == tmp_path / "set" / "JPEGImages" / "a.jpg"
     assert pair.target == tmp_path / "set" / "JPEGImages" / "b.jpg"
