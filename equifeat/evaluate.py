@@ -44,6 +44,16 @@ FIXTURES = {
 }
 
 
+# What the values of a suite's entry must be.
+_FORMS: tuple[tuple[str, type, str], ...] = (
+    ("task", str, "a name"),
+    ("data", str, "a folder"),
+    ("protocol", str, "an id"),
+    ("set", dict, "options by name"),
+    ("limit", int, "a whole number"),
+)
+
+
 @dataclass(frozen=True)
 class SuiteTask:
     """One entry of a suite.
@@ -208,21 +218,27 @@ def read_suite(path: Path) -> tuple[list[str], list[SuiteTask]]:
     keys = {"models", "tasks"}
     if not isinstance(content, dict) or not content.get("tasks") or content.keys() - keys:
         raise RecipeError(f"{path} must have the keys models and tasks, and no other.")
+    named = content.get("models") or {}
+    if not isinstance(named, dict) or not isinstance(content["tasks"], list):
+        raise RecipeError(f"{path}: models must be WHAT by name, and tasks a list.")
     models = []
-    for name, what in (content.get("models") or {}).items():
+    for name, what in named.items():
         words = what if isinstance(what, list) else [what]
         models.append(f"{name}={','.join(map(str, words))}")
     entries = []
     known = set(SuiteTask.__dataclass_fields__)
     for number, entry in enumerate(content["tasks"]):
         wrong = sorted(entry.keys() - known) if isinstance(entry, dict) else ["?"]
-        if wrong or not {"task", "data"} <= entry.keys():
+        if wrong or not (entry.get("task") and entry.get("data")):
             hint = suggest(wrong[0], known) if wrong else ""
             raise RecipeError(
                 f"{path}: entry {number} of tasks needs task and data, and may have protocol, set "
                 f"and limit{'; not ' + wrong[0] if wrong else ''}.{hint}"
             )
-        entries.append(SuiteTask(**entry))
+        for key, kind, form in _FORMS:
+            if not isinstance(entry.get(key), kind | None):
+                raise RecipeError(f"{path}: {key} of entry {number} must be {form}.")
+        entries.append(SuiteTask(**{k: v for k, v in entry.items() if v is not None}))
     return models, entries
 
 
@@ -296,7 +312,8 @@ def fixtures_command(
         out: Folder to make.
         meshes: Mesh files to draw; procedural objects when there are none.
         painted: Paint object coordinates instead of textures, for --model oracle.
-        seed: Seed of cameras, motions and procedural objects.
+        seed: Seed of cameras, motions and procedural objects, which start at procedural_SEED; the
+            demo trains on procedural_0000.
 
     Returns:
         What was written.

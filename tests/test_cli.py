@@ -84,6 +84,10 @@ def test_a_suite_is_checked_before_it_runs(
     for content, match in (
         ("tasks: []", "keys models and tasks"),
         ("models: [", "unreadable suite"),
+        ("models: [a]\ntasks: [{task: pose, data: x}]", "WHAT by name"),
+        ("tasks: {task: pose}", "tasks a list"),
+        ("tasks: [{task: pose, data: x, limit: five}]", "limit of entry 0 must be a whole number"),
+        ("tasks: [{task: pose, data: x, set: [a=1]}]", "set of entry 0 must be options by name"),
         ("tasks: [{task: pose}]", "entry 0"),
         ("tasks: [{task: pose, data: x, sett: {}}]", r"not sett.*Did you mean set"),
         ("tasks: [{task: pos, data: x}]\nmodels: {a: random}", r"no task 'pos'.*pose"),
