@@ -23,6 +23,7 @@ from torch import Tensor
 
 from equifeat.errors import CorrespondenceError, RecipeError
 from equifeat.eval.equivariance_result import BIN_EDGES, EquivarianceResult, PairScore
+from equifeat.eval.features import device_of
 from equifeat.eval.matching import DEFAULT_BUDGET, nearest
 from equifeat.geometry.camera import Camera, relative, rotation_angle_deg
 from equifeat.geometry.covisibility import dense_correspondences, limits_of_steps
@@ -185,7 +186,7 @@ def evaluate_equivariance(
     """
     named = dict(models) if isinstance(models, Mapping) else {name: models}
     _check(named, objects, pairs, points, min_angle_deg, max_angle_deg, min_points, target_stride)
-    device = device or _device_of(next(iter(named.values())))
+    device = device or device_of(next(iter(named.values())))
     rows: list[PairScore] = []
     iterate = progress(objects, "equivariance") if progress else objects
     with torch.no_grad():
@@ -283,7 +284,7 @@ def object_errors(
         RecipeError: An option makes no sense.
     """
     _check({"model": model}, [obj], pairs, points, *angles_deg, min_points, target_stride)
-    device = device or _device_of(model)
+    device = device or device_of(model)
     scorer = _ObjectScorer(obj, {"model": model}, resolution, "box", budget_bytes, device)
     found = _covisible_pairs(scorer, pairs, points, angles_deg, min_points, seed)
     return [
@@ -345,7 +346,7 @@ def match_points(
     Returns:
         Matches by model, on the CPU.
     """
-    device = device or _device_of(next(iter(models.values())))
+    device = device or device_of(next(iter(models.values())))
     scorer = _ObjectScorer(obj, models, resolution, normalizer, budget_bytes, device)
     every = scorer.points(*pair)
     some = _some(torch.cat([every.xy0, every.xy1], dim=-1), points)
@@ -402,13 +403,6 @@ def _check(
             raise RecipeError(f"{option}={number} must be at least 1.")
     if not 0.0 <= low <= high:
         raise RecipeError(f"min_angle_deg={low} and max_angle_deg={high} leave no view change.")
-
-
-def _device_of(model: object) -> torch.device:
-    if isinstance(model, torch.nn.Module):
-        for tensor in model.parameters():
-            return tensor.device
-    return torch.device("cpu")
 
 
 class _ObjectScorer:

@@ -42,7 +42,7 @@ class FeatureSource:
         self.model = model
         self.spec = spec
         self.name = name
-        self.device = torch.device(device) if device is not None else _device_of(model)
+        self.device = torch.device(device) if device is not None else device_of(model)
         self._options: dict[str, Any] = {}
         plain = FeatureSpec()
         for option in ("overlap", "layers", "norm"):
@@ -84,7 +84,15 @@ class FeatureSource:
             ) from error
 
 
-def _device_of(model: object) -> torch.device:
+def device_of(model: object) -> torch.device:
+    """Return where a model's weights are.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Its device; the CPU for what has no weights.
+    """
     if isinstance(model, torch.nn.Module):
         for tensor in model.parameters():
             return tensor.device
