@@ -101,6 +101,14 @@ class Mesh:
         return np.concatenate([p.vertices for p in self.primitives])
 
     @property
+    def faces(self) -> Array:
+        """(F, 3) rows of :attr:`vertices`, the triangles of all primitives."""
+        starts = np.cumsum([0, *(len(p.vertices) for p in self.primitives[:-1])])
+        return np.concatenate(
+            [p.faces + start for p, start in zip(self.primitives, starts, strict=True)]
+        )
+
+    @property
     def num_faces(self) -> int:
         """Number of triangles."""
         return sum(len(p.faces) for p in self.primitives)

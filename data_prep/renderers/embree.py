@@ -64,10 +64,7 @@ class EmbreeRenderer:
             raise MissingExtraError("embreex", "render", "Ray casting") from error
         self.details: dict[str, Any] = {}
         self.version = importlib.metadata.version("embreex")
-        offsets = np.cumsum([0] + [len(p.vertices) for p in mesh.primitives])
-        faces = np.concatenate(
-            [p.faces + start for p, start in zip(mesh.primitives, offsets, strict=False)]
-        )
+        faces = mesh.faces
         self._part = np.concatenate(
             [np.full(len(p.faces), i, dtype=np.int64) for i, p in enumerate(mesh.primitives)]
         )
