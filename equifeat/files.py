@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Asked once, at import: asking sets it for a moment, which threads that write would undo.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -30,10 +37,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     path = Path(name)
     try:
         yield path
-        # mkstemp makes private files; a result is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        path.chmod(0o666 & ~umask)
+        _share(path)  # mkstemp makes private files
         path.replace(target)
     finally:
         path.unlink(missing_ok=True)
@@ -55,6 +59,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     try:
         yield path
         path.chmod(0o755)
+        for file in path.rglob("*"):  # safetensors makes private files
+            if file.is_file() and not file.is_symlink():
+                _share(file)
         if target.exists():
             old = path.with_name(path.name + "_old")
             target.rename(old)
@@ -64,6 +71,55 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             path.rename(target)
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+class InUseError(Exception):
+    """Another process holds a lock.
+
+    Args:
+        holder: What it wrote about itself.
+    """
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+@contextmanager
+def lock(path: str | Path) -> Iterator[str]:
+    """Hold a lock file, so that one process at a time works in a folder.
+
+    The lock is the process's own: it ends with it, however it ends, and loader processes that
+    outlive it by a moment do not hold it.
+
+    Args:
+        path: The lock file; it is made, and stays.
+
+    Yields:
+        Why there is no lock: an empty string, or the words of a file system that has none.
+
+    Raises:
+        InUseError: Another process holds it.
+        OSError: The file cannot be made.
+    """
+    missing = ""
+    with Path(path).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise InUseError(file.read().strip()) from error
+            missing = error.strerror or str(error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield missing
+
+
+def _share(file: Path) -> None:
+    """Make a file as readable as any other one that its user writes."""
+    file.chmod(0o666 & ~_UMASK)
 
 
 def sha256_of(path: str | Path) -> str:

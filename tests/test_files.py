@@ -40,3 +40,16 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         fail()
     assert [p.name for p in target.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_is_written_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    with atomic_file(tmp_path / "file") as path:
+        path.write_text("")
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "sub").mkdir()
+        private = folder / "sub" / "weights"
+        private.touch(mode=0o600)  # as safetensors does
+    for file in (tmp_path / "file", tmp_path / "folder" / "sub" / "weights"):
+        assert file.stat().st_mode == plain.stat().st_mode

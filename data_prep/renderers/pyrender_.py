@@ -9,6 +9,7 @@ light and cut like the ray caster. OSMesa is not used: it leaks gigabytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -60,6 +61,10 @@ def device() -> str:
 def _context() -> Any:
     """Open EGL once a process and make pyrender's renderer in it."""
     os.environ["PYOPENGL_PLATFORM"] = "egl"
+    # Mesa's software driver brings an LLVM. Triton's, loaded after it when torch compiles or timm
+    # is imported, would crash the process; the other way round both work.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
     if not hasattr(np, "infty"):
         np.infty = np.inf  # type: ignore[attr-defined]  # noqa: NPY201 for pyrender 0.1.45
     with warnings.catch_warnings():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +13,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities import rank_zero_only
 
 from equifeat.errors import RecipeError
+from equifeat.files import InUseError, lock
 from equifeat.train.callbacks import ExportModel, PlainProgress
 from equifeat.train.checkpoints import (
     checkpoints,
@@ -197,8 +194,7 @@ def _within(key: str, keys: frozenset[str]) -> bool:
 def run_lock(run: Path) -> Iterator[None]:
     """Keep other processes from fitting into the same folder.
 
-    The lock is the process's own: it ends with it, however it ends, and loader processes that
-    outlive it by a moment do not hold it. Only rank 0 takes it.
+    Only rank 0 takes the lock.
 
     Args:
         run: Folder of the run; it is made.
@@ -210,22 +206,16 @@ def run_lock(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    path = run / ".lock"
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise RecipeError(
-                    f"{run} is in use by another fit ({file.read().strip()}): wait for it, stop "
-                    "it, or choose another --run.dir"
-                ) from error
-            sys.stderr.write(f"{run}: this file system has no locks ({error.strerror})\n")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    try:
+        with lock(run / ".lock") as missing:
+            if missing:
+                sys.stderr.write(f"{run}: this file system has no locks ({missing})\n")
+            yield
+    except InUseError as error:
+        raise RecipeError(
+            f"{run} is in use by another fit ({error.holder}): wait for it, stop it, or choose "
+            "another --run.dir"
+        ) from error
 
 
 def run_callbacks(

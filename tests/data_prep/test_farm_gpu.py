@@ -59,7 +59,9 @@ def test_egl_answers_or_is_not_there() -> None:
 
 
 def test_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EGL_DEVICE_ID", raising=False)
+    # set first: so that undoing, which goes backwards, ends without it
+    monkeypatch.setenv("EGL_DEVICE_ID", "0")
+    monkeypatch.delenv("EGL_DEVICE_ID")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     monkeypatch.setattr(farm_gpu, "egl_cuda_ids", lambda: [1, 3, 0, 2, None])
     monkeypatch.setattr(Path, "exists", lambda self: False)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,17 @@ def test_mirrored_node_renders_as_its_mirror_image(renderer: RendererName, tmp_p
     both = (a.depth > 0) & (mirror > 0)
     assert both.sum() / ((a.depth > 0) | (mirror > 0)).sum() > 0.995
     assert np.percentile(np.abs(a.depth - mirror)[both], 99.9) < 1e-5
+
+
+def test_what_torch_compiles_with_loads_behind_gl() -> None:
+    """Two LLVMs in one process: Mesa's first and then Triton's was a crash."""
+    pytest.importorskip("triton", reason="this torch has no triton")
+    if unavailable():
+        pytest.skip(f"pyrender does not work here: {unavailable()}")
+    code = (
+        "from data_prep.renderers.pyrender_ import unavailable\n"
+        "assert not unavailable(), unavailable()\n"
+        "import triton, timm\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
