@@ -60,6 +60,14 @@ class CheckpointError(EquifeatError):
     """A model folder or checkpoint that does not fit exactly."""
 
 
+class ExportError(EquifeatError):
+    """A model that cannot be written in a format, or an export that does not give its features."""
+
+
+class FeaturesError(EquifeatError):
+    """Written features that are missing, damaged, or of another run."""
+
+
 class RecipeError(EquifeatError):
     """A recipe or option that is wrong."""
 
@@ -109,7 +117,26 @@ def import_extra(package: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingExtraError(package, extra, purpose) from error
+        raise MissingExtraError(package.partition(".")[0], extra, purpose) from error
+
+
+class LazyExtra:
+    """An optional package that is imported when something of it is first used.
+
+    Args:
+        package: Its name.
+        extra: The extra of equifeat that installs it.
+        purpose: What it is needed for.
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self._wanted = (package, extra, purpose)
+
+    def __getattr__(self, name: str) -> Any:
+        # copy and inspect ask everything for names like __deepcopy__: that imports nothing.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(import_extra(*self._wanted), name)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -18,14 +18,16 @@ Convention:
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 SizeHW = tuple[int, int]
+TracedHW = tuple[int | torch.SymInt, int | torch.SymInt]
+"""A size inside a trace of torch.export, where a free side is a symbol."""
 MarginYX = tuple[float, float]
 """Pixels of an image that a map leaves uncovered: at top and bottom each, at left and right."""
 
@@ -146,7 +148,7 @@ def scale_xy(xy: Float[Tensor, "*b 2"], from_hw: SizeHW, to_hw: SizeHW) -> Float
 
 
 def normalize_xy(
-    xy: Float[Tensor, "*b 2"], size_hw: SizeHW | tuple[float, float]
+    xy: Float[Tensor, "*b 2"], size_hw: TracedHW | tuple[float, float]
 ) -> Float[Tensor, "*b 2"]:
     """Map pixels to [-1, 1], corners to ±1 (align_corners=False): 2x/W - 1.
 
@@ -157,7 +159,10 @@ def normalize_xy(
     Returns:
         Normalised points.
     """
-    return xy * xy.new_tensor([2.0 / size_hw[1], 2.0 / size_hw[0]]) - 1.0
+    # Two products, because a tensor of two numbers would freeze symbols of torch.export.
+    by_y, by_x = (cast(float, 2.0 / side) for side in size_hw)
+    x, y = xy.unbind(-1)
+    return torch.stack([x * by_x, y * by_y], dim=-1) - 1.0
 
 
 def denormalize_xy(xy: Float[Tensor, "*b 2"], size_hw: SizeHW) -> Float[Tensor, "*b 2"]:
@@ -190,7 +195,7 @@ def inside(xy: Float[Tensor, "*b 2"], size_hw: SizeHW) -> Tensor:
 def sample(
     features: Float[Tensor, "b d h w"],
     xy: Float[Tensor, "b n 2"],
-    size_hw: SizeHW,
+    size_hw: TracedHW,
     mode: Literal["bilinear", "nearest"] = "bilinear",
     margin_yx: MarginYX = (0.0, 0.0),
 ) -> Float[Tensor, "b n d"]:
@@ -216,9 +221,12 @@ def sample(
         >>> sample(row, torch.tensor([[[0.5, 0.5], [1.0, 0.5]]]), (1, 2))[0, :, 0]
         tensor([1., 2.])
     """
-    covered: tuple[float, float] = size_hw
+    covered: TracedHW | tuple[float, float] = size_hw
     if any(margin_yx):
-        xy, covered = xy - xy.new_tensor(margin_yx[::-1]), _without_margin(size_hw, margin_yx)
+        xy, covered = (
+            xy - xy.new_tensor(margin_yx[::-1]),
+            _without_margin(cast(SizeHW, size_hw), margin_yx),
+        )
     grid = normalize_xy(xy, covered).to(features.dtype).unsqueeze(2)
     out = F.grid_sample(features, grid, mode=mode, padding_mode="border", align_corners=False)
     return out.squeeze(-1).transpose(1, 2)
@@ -264,15 +272,15 @@ def linear_taps(
 
 
 def resize(
-    image: Float[Tensor, "b c h w"],
+    image: Num[Tensor, "b c h w"],
     size_hw: SizeHW,
     mode: Literal["bilinear", "bicubic", "nearest"] = "bilinear",
     antialias: bool = True,
-) -> Float[Tensor, "b c h2 w2"]:
+) -> Num[Tensor, "b c h2 w2"]:
     """Resize an image or a map; its corners stay its corners.
 
     Args:
-        image: What to resize.
+        image: What to resize; uint8 on the CPU is many times faster and is rounded to uint8.
         size_hw: New height and width.
         mode: Interpolation; "nearest" takes the pixel that holds the new pixel's centre.
         antialias: Low-pass before shrinking (not for "nearest").

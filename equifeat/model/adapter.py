@@ -316,6 +316,21 @@ class LoraAdapter(nn.Module):
             v.b.copy_(up_v)
 
 
+def merge_with_peft(model: nn.Module, folder: Path) -> Any:
+    """Load an adapter with stock PEFT and fold it in, as somebody without this package does.
+
+    Args:
+        model: A timm model; its weights are changed.
+        folder: What :meth:`LoraAdapter.save_peft` wrote.
+
+    Returns:
+        The timm model.
+    """
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
 def _attention(block: nn.Module) -> Any:
     """Return a block's attention; `qkv` of it is None when q, k, v are separate."""
     attn: Any = getattr(block, "attn", None)

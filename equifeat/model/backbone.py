@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -119,6 +121,12 @@ class Backbone(nn.Module):
         return int(self.model.patch_embed.patch_size[0])
 
     @property
+    def native_hw(self) -> SizeHW:
+        """Height and width of the image whose patches fit the position embedding as it is."""
+        rows, columns = self.model.patch_embed.grid_size
+        return int(rows) * self.patch_size, int(columns) * self.patch_size
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Number of class and register tokens before the patch tokens."""
         return int(self.model.num_prefix_tokens)
@@ -189,7 +197,8 @@ class Backbone(nn.Module):
                 module.to(dtype)
         self.compute_dtype = dtype
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which products are made: autocast after :meth:`compute_in`."""
         if self.compute_dtype is None:
             return nullcontext()
         # As Lightning does; frozen weights are never in autocast's cache anyway.
@@ -219,7 +228,7 @@ class Backbone(nn.Module):
         margin = (p - stride) / 2
         x = (images.to(self.mean) - self.mean) / self.std
         done = self.depth - tail_blocks
-        with self._precision():
+        with self.precision():
             x = x.to(self.dtype)
             patches = self.model.patch_embed(x) if overlap == 1 else self._embed(x, stride)
             if self.position == "reference":
@@ -272,7 +281,7 @@ class Backbone(nn.Module):
         """
         tokens, done = state.tokens.to(self.device, self.dtype), state.blocks_done
         maps: dict[int, Tensor] = {}
-        with self._precision():
+        with self.precision():
             for number in sorted(set(numbers)):
                 if number + 1 < done:
                     raise ValueError(f"the state has passed {done} blocks, not only {number + 1}")
@@ -343,8 +352,32 @@ class Backbone(nn.Module):
                 tokens = run(tokens, index)
         return tokens
 
-    def _add_reference_position(self, patches: Tensor, grid_hw: SizeHW) -> Tensor:
-        """Do what timm's _pos_embed does, with the resampling of DINOv2's own code."""
+    @torch.no_grad()
+    def position_embedding(self, grid_hw: SizeHW) -> Tensor | None:
+        """Return the learned position embedding, resampled to a grid as the ViT itself does.
+
+        Args:
+            grid_hw: Rows and columns of patches.
+
+        Returns:
+            (1, n + h*w, D), of which the first n belong to prefix tokens, as in timm's pos_embed;
+            None for a model that has none.
+        """
+        model = self.model
+        if model.pos_embed is None:
+            return None
+        if self.position == "reference":
+            return torch.cat(self._reference_position(grid_hw), dim=1)
+        out: Tensor = resample_abs_pos_embed(
+            model.pos_embed,
+            new_size=list(grid_hw),
+            old_size=list(model.patch_embed.grid_size),
+            num_prefix_tokens=0 if model.no_embed_class else self.num_prefix_tokens,
+        )
+        return out
+
+    def _reference_position(self, grid_hw: SizeHW) -> tuple[Tensor, Tensor]:
+        """Return the embedding of prefix tokens, perhaps of none, and that of the patches."""
         model = self.model
         own_hw = model.patch_embed.grid_size
         shared = 0 if model.no_embed_class else self.num_prefix_tokens
@@ -354,13 +387,19 @@ class Backbone(nn.Module):
             factor = ((grid_hw[0] + 0.1) / own_hw[0], (grid_hw[1] + 0.1) / own_hw[1])
             grid = resize_by_factor(grid.float(), factor).to(self.dtype)
             grid = grid.flatten(2).transpose(1, 2)
+        return prefix, grid
+
+    def _add_reference_position(self, patches: Tensor, grid_hw: SizeHW) -> Tensor:
+        """Do what timm's _pos_embed does, with the resampling of DINOv2's own code."""
+        model = self.model
+        prefix, grid = self._reference_position(grid_hw)
         tokens: Tensor = patches.flatten(1, 2) + grid
         prefix_tokens = (model.cls_token, model.reg_token, getattr(model, "dist_token", None))
         first = [token for token in prefix_tokens if token is not None]
         if not first:
             return tokens
         head = torch.cat(first, dim=1)
-        if shared:
+        if prefix.shape[1]:
             head = head + prefix
         return torch.cat([head.expand(len(tokens), -1, -1), tokens], dim=1)
 
@@ -385,14 +424,43 @@ def resolve_name(name: str) -> str:
         )
     if not timm.models.is_model_in_modules(arch, _PLAIN_VIT_MODULES):
         raise ModelNameError(f"{name!r} is not a plain ViT{_why_not(arch)}")
+    default = timm.models.get_pretrained_cfg(arch)
+    own = (default.tag if default is not None else "") or ""
+    # A few models have a tag of their own without published weights.
     if not tag:
-        default = timm.models.get_pretrained_cfg(arch)
-        tag = (default.tag if default is not None else "") or ""
-    elif name not in timm.list_models(f"{arch}.*", pretrained=True):
+        tag = own
+    elif tag != own and name not in timm.list_models(f"{arch}.*", pretrained=True):
         tags = timm.list_models(f"{arch}.*", pretrained=True)
         near = suggest(name, tags) or (f" Did you mean {', '.join(tags[:3])}?" if tags else "")
         raise ModelNameError(f"timm has no weights {name!r} of the model {arch!r}.{near}")
     return f"{arch}.{tag}" if tag else arch
+
+
+class WeightsRecord(NamedTuple):
+    """What timm says of published weights.
+
+    Attributes:
+        licence: Identifier such as "apache-2.0"; None where timm names none.
+        repo: Repository on the Hugging Face hub; None where there is none.
+    """
+
+    licence: str | None
+    repo: str | None
+
+
+def weights_record(name: str) -> WeightsRecord:
+    """Look up the licence and the origin of a model's published weights.
+
+    Args:
+        name: timm's name.
+
+    Returns:
+        What timm's pretrained_cfg says; nothing for a name it does not know.
+    """
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None:
+        return WeightsRecord(None, None)
+    return WeightsRecord(config.license or None, config.hf_hub_id or None)
 
 
 def _why_not(arch: str) -> str:
@@ -438,6 +506,50 @@ def load_backbone(
     if weights == "random":
         return Backbone(_create(name, seed), name, WeightsSource("random", seed=seed), position)
     return _with_state(name, read_tensors(weights), WeightsSource("file", weights), position)
+
+
+def backbone_from_state(name: str, state: State, *, position: str = "timm") -> Backbone:
+    """Build a frozen backbone from tensors in memory.
+
+    Args:
+        name: timm's name of a plain ViT.
+        state: All its tensors under timm's names; those of a classifier are ignored.
+        position: See :class:`Backbone`.
+
+    Returns:
+        The backbone, on the CPU.
+
+    Raises:
+        ModelNameError: timm knows no such plain ViT.
+        WeightsError: The tensors are not of that model.
+    """
+    return _with_state(resolve_name(name), state, WeightsSource("given"), position)
+
+
+def save_timm(name: str, state: State, folder: Path, size_hw: SizeHW | None = None) -> Any:
+    """Write a folder as timm's own save_for_hf does, for `timm.create_model("local-dir:FOLDER")`.
+
+    Args:
+        name: timm's name of a plain ViT.
+        state: All tensors of it, without a classifier.
+        folder: Where model.safetensors and config.json are written.
+        size_hw: Height and width of the only images that the model is to take; None for any size.
+
+    Returns:
+        timm's model with these weights, as a user of timm gets it.
+
+    Raises:
+        WeightsError: The tensors are not of that model.
+    """
+    fixed = {"dynamic_img_size": True} if size_hw is None else {"img_size": list(size_hw)}
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(name, num_classes=0, **fixed)
+    problem = describe_mismatch(model.state_dict(), state)
+    if problem:
+        raise WeightsError(f"the merged weights are not of timm's {name!r}: {problem}")
+    model.load_state_dict(state, strict=True)
+    timm.models.save_for_hf(model, str(folder), model_args=fixed, safe_serialization=True)
+    return model.eval()
 
 
 def _create(name: str, seed: int = 0, **options: Any) -> Any:

@@ -102,10 +102,13 @@ class CompiledBlocks:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Dynamo's first line names the backend, the next one says what happened to it.
+        told = 2 if lines and lines[0].endswith(":") else 1
+        reason = " ".join(lines[:told])[:200] or type(error).__name__
         self.failure = reason
         warnings.warn(
-            f"model.compile: torch.compile failed ({reason}); going on without it",
+            f"torch.compile failed ({reason}); going on without it",
             RuntimeWarning,
             stacklevel=3,
         )

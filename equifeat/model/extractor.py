@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from equifeat.errors import ImageError, KeypointError, RecipeError
-from equifeat.geometry.pixels import SizeHW, inside, resize
+from equifeat.errors import RecipeError
+from equifeat.geometry.pixels import SizeHW, resize
 from equifeat.model.adapter import LoraAdapter, adapts_stored_weight
 from equifeat.model.backbone import Backbone, Position, load_backbone
+from equifeat.model.compiled import CompiledBlocks
 from equifeat.model.feature_map import FeatureMap, TrunkState
 from equifeat.model.head import Head, HeadKind
+from equifeat.model.hub_mixin import HubMixin
+from equifeat.model.inputs import (
+    ImageFeatures,
+    Images,
+    ManyImages,
+    Points,
+    gather,
+    keypoints_of,
+    size_of,
+    unit_floats,
+)
 from equifeat.model.weights import WeightsSource
 
+Sampling = Literal["exact", "reference"]
 
-class FeatureExtractor(nn.Module):
+
+class FeatureExtractor(HubMixin, nn.Module):
     """Dense features of images of any size.
 
     An image is resized to whole patches, so features cover the image exactly, corner to corner;
@@ -35,6 +49,12 @@ class FeatureExtractor(nn.Module):
 
     recompute: bool = False
     """Whether the tail's blocks run again for their gradients instead of keeping activations."""
+
+    half_head: bool = False
+    """Whether the head runs in the backbone's half precision too; see :meth:`half_precision`."""
+
+    sampling: Sampling = "exact"
+    """Where points are sampled: "reference" repeats a fault of the reference (docs/convert.md)."""
 
     def __init__(
         self, backbone: Backbone, adapter: LoraAdapter | None = None, head: Head | None = None
@@ -55,13 +75,19 @@ class FeatureExtractor(nn.Module):
         return self.backbone.patch_size
 
     @property
+    def point_scale(self) -> float:
+        """What points are multiplied by before they are sampled: 1 but for a repeated fault."""
+        # The reference divides coordinates by 14 whatever the patch is.
+        return self.patch_size / 14 if self.sampling == "reference" else 1.0
+
+    @property
     def tail_blocks(self) -> int:
         """How many of the last blocks gradients pass through."""
         return self.backbone.depth - self.adapter.first_block if self.adapter is not None else 0
 
     def dense(
         self,
-        images: Tensor,
+        images: Images,
         resolution: int | None = None,
         at: Literal["patch", "image"] = "patch",
         *,
@@ -72,7 +98,8 @@ class FeatureExtractor(nn.Module):
         """Return a feature for every patch, or for every pixel.
 
         Args:
-            images: (B, 3, H, W) RGB in [0, 1].
+            images: (B, 3, H, W) RGB in [0, 1] or uint8, or an image, or a list of images of one
+                size: tensors (3, H, W), arrays (H, W, 3), PIL images, paths; see docs/images.md.
             resolution: Patches on the longer side; None keeps the image's own size, rounded to
                 whole patches.
             at: "patch" gives the map of patches, "image" one bilinearly resized to H × W.
@@ -88,21 +115,21 @@ class FeatureExtractor(nn.Module):
             concatenated: (B, len(layers) * D, h, w).
 
         Raises:
-            ImageError: The images have a wrong shape, type or range.
+            ImageError: The images have a wrong shape, type or range, or different sizes.
             RecipeError: resolution is below 1, patch_size / overlap is no whole number, or there
                 is no such layer.
         """
-        _check_images(images)
-        state = self.trunk(images, resolution, overlap=overlap, layers=layers)
+        batch = unit_floats(gather(images), self.backbone.device)
+        state = self.trunk(batch, resolution, overlap=overlap, layers=layers)
         out = self.tail(state, layers=layers, norm=norm)
         return out if at == "patch" else out.at_image()
 
-    def at(self, images: Tensor, keypoints: Tensor, resolution: int | None = None) -> Tensor:
+    def at(self, images: Images, keypoints: Points, resolution: int | None = None) -> Tensor:
         """Return the descriptors of points.
 
         Args:
-            images: (B, 3, H, W) RGB in [0, 1].
-            keypoints: (B, N, 2) xy in pixels of the images.
+            images: As in :meth:`dense`.
+            keypoints: (B, N, 2) xy in pixels of the images; (N, 2) for a single one.
             resolution: As in :meth:`dense`.
 
         Returns:
@@ -112,12 +139,38 @@ class FeatureExtractor(nn.Module):
             ImageError: The images have a wrong shape, type or range.
             KeypointError: A point lies outside its image, or the shape is wrong.
         """
-        _check_images(images)
-        _check_keypoints(keypoints, len(images), (int(images.shape[-2]), int(images.shape[-1])))
-        maps = self.tail(self.trunk(images, resolution))
-        return maps.sample(keypoints.to(maps.features.device))
+        batch = gather(images)
+        points = keypoints_of(keypoints, len(batch), size_of(batch))
+        maps = self.tail(self.trunk(unit_floats(batch, self.backbone.device), resolution))
+        return maps.sample(points.to(maps.features.device))
 
-    def forward(self, images: Tensor, resolution: int | None = None) -> FeatureMap:
+    def dense_many(
+        self, images: ManyImages, resolution: int | None = None, **options: Any
+    ) -> Iterator[ImageFeatures]:
+        """Give name, features and time of images, one after the other, without gradients.
+
+        The images may be a folder, a glob pattern, a video, or anything that gives images, paths
+        or videos when iterated; sizes may differ. Nothing is read before its turn. The options are
+        those of :func:`equifeat.model.many.dense_many`.
+        """
+        from equifeat.model.many import dense_many  # which builds upon this module
+
+        return dense_many(self, images, resolution, **options)
+
+    def dense_tiled(
+        self, images: Images, resolution: int | None = None, **options: Any
+    ) -> FeatureMap:
+        """Return the map of huge images, made of overlapping windows, without gradients.
+
+        The grid is that of :meth:`dense`. Attention sees one window at a time, so that features
+        differ from the untiled ones unless one window holds the image. The options are those of
+        :func:`equifeat.model.tiling.dense_tiled`.
+        """
+        from equifeat.model.tiling import dense_tiled  # which builds upon this module
+
+        return dense_tiled(self, images, resolution, **options)
+
+    def forward(self, images: Images, resolution: int | None = None) -> FeatureMap:
         """Return :meth:`dense`."""
         return self.dense(images, resolution)
 
@@ -177,10 +230,15 @@ class FeatureExtractor(nn.Module):
         around = None if self.adapter is None else self._attached
         found = self.backbone.layers(state, numbers, norm, around, self.recompute)
         pairs = zip(numbers, found, strict=True)
-        maps = [self.head(one) if number == last else one for number, one in pairs]
+        maps = [self._refined(one) if number == last else one for number, one in pairs]
         if len(maps) > 1:
             maps = [torch.cat([F.normalize(one.float(), dim=1) for one in maps], dim=1)]
-        return FeatureMap(maps[0], state.size_hw, state.margin_yx)
+        return FeatureMap(maps[0], state.size_hw, state.margin_yx, self.point_scale)
+
+    def _refined(self, features: Tensor) -> Tensor:
+        with self.backbone.precision() if self.half_head else nullcontext():
+            out: Tensor = self.head(features)
+        return out.to(features.dtype) if self.half_head else out
 
     def _layer_numbers(self, layers: Sequence[int]) -> list[int]:
         depth = self.backbone.depth
@@ -210,6 +268,39 @@ class FeatureExtractor(nn.Module):
         adds = self.adapter is not None and adapts_stored_weight(blocks)
         self.backbone.compute_in(dtype, blocks[-self.tail_blocks :] if adds else ())
 
+    def half_precision(self, dtype: torch.dtype = torch.bfloat16) -> FeatureExtractor:
+        """Run the ViT and the head in half precision from now on: for inference on GPUs.
+
+        Features stay float32, as do norms, positions, tokens between blocks and LoRA's own weights.
+        The backbone changes for good, and for all that share it.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+
+        Returns:
+            This extractor.
+
+        Raises:
+            RecipeError: The type is another one, or the backbone is in the other half type.
+        """
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise RecipeError(f"half precision is torch.bfloat16 or torch.float16, not {dtype}")
+        try:
+            self.compute_in(dtype)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+        self.half_head = True
+        return self
+
+    def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> FeatureExtractor:
+        """Run the blocks compiled by torch.compile from now on, for all who share the backbone.
+
+        Compiling happens in the first call, and again when sizes first change. Where it fails,
+        there is one warning and all goes on without. Returns this extractor.
+        """
+        self.backbone.run_block = CompiledBlocks(backend)
+        return self
+
     def grid_hw(self, size_hw: SizeHW, resolution: int | None = None) -> SizeHW:
         """Return how many patches an image of some size is resized to.
 
@@ -219,14 +310,14 @@ class FeatureExtractor(nn.Module):
 
         Returns:
             Rows and columns, each at least 1. The shorter side is rounded to the nearest patch
-            (rounded down with position="reference", as the reference does).
+            (rounded down with position or sampling "reference", as the reference does).
         """
         if resolution is None:
             return _whole(size_hw[0] / self.patch_size), _whole(size_hw[1] / self.patch_size)
         if resolution < 1:
             raise RecipeError(f"resolution must be at least 1 patch, not {resolution}")
         longer = max(size_hw)
-        if self.backbone.position == "reference":
+        if "reference" in (self.backbone.position, self.sampling):
             h, w = (int(side * 8 * resolution / longer) // 8 for side in size_hw)
             return max(1, h), max(1, w)
         h, w = (_whole(side * resolution / longer) for side in size_hw)
@@ -314,28 +405,3 @@ def build_extractor(
 
 def _whole(patches: float) -> int:
     return max(1, int(patches + 0.5))
-
-
-def _check_images(images: Tensor) -> None:
-    shape = tuple(images.shape)
-    if len(shape) != 4 or shape[1] != 3 or 0 in shape:
-        raise ImageError(f"images must have the shape (B, 3, H, W), not {shape}")
-    if not images.is_floating_point():
-        raise ImageError(f"images must be floats in [0, 1], not {images.dtype}: divide by 255")
-    top = float(images.max())
-    if not top <= 2.0:  # a little over 1 is normal after augmentation; 0 … 255 and NaN are not
-        raise ImageError(f"images must be floats in [0, 1], but the largest value is {top:g}")
-
-
-def _check_keypoints(keypoints: Tensor, batch: int, size_hw: SizeHW) -> None:
-    shape = tuple(keypoints.shape)
-    if len(shape) != 3 or shape[0] != batch or shape[2] != 2:
-        raise KeypointError(f"keypoints must have the shape ({batch}, N, 2), not {shape}")
-    outside = (~inside(keypoints, size_hw)).nonzero()
-    if len(outside):
-        image, index = outside[0].tolist()
-        x, y = keypoints[image, index].tolist()
-        raise KeypointError(
-            f"keypoint {index} of image {image} at (x, y) = ({x:g}, {y:g}) lies outside the image "
-            f"of width {size_hw[1]} and height {size_hw[0]}"
-        )

@@ -81,11 +81,14 @@ class FeatureMap:
         margin_yx: Pixels of the image that the map leaves uncovered at top and bottom each, and at
             left and right each. Patches of p pixels that overlap and start every s pixels cover
             the image but for (p - s) / 2 when each stands for the s pixels around its centre.
+        point_scale: What :meth:`sample` multiplies points by: 1, or the patch size / 14 to repeat
+            a fault of the reference implementation, see docs/convert.md.
     """
 
     features: Float[Tensor, "b d h w"]
     size_hw: SizeHW
     margin_yx: MarginYX = (0.0, 0.0)
+    point_scale: float = 1.0
 
     @property
     def grid_hw(self) -> SizeHW:
@@ -116,7 +119,8 @@ class FeatureMap:
             return FeatureMap(resize(self.features, self.size_hw), self.size_hw)
         xy = pixel_centers(self.size_hw, self.features.device, torch.float32).reshape(1, -1, 2)
         xy = xy.expand(len(self.features), -1, -1)
-        values = self.sample(xy, normalize=False).to(self.features.dtype)
+        exact = replace(self, point_scale=1.0)
+        values = exact.sample(xy, normalize=False).to(self.features.dtype)
         return FeatureMap(values.mT.reshape(len(values), -1, *self.size_hw), self.size_hw)
 
     def normalized(self) -> FeatureMap:
@@ -141,6 +145,8 @@ class FeatureMap:
         """
         # Half-precision coordinates would be off by whole pixels, so the map is widened first.
         wide = _at_least_float32(self.features)
+        if self.point_scale != 1.0:
+            keypoints = keypoints * self.point_scale
         values = sample(wide, keypoints, self.size_hw, margin_yx=self.margin_yx)
         return F.normalize(values, dim=-1) if normalize else values
 

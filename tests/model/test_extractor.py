@@ -188,10 +188,10 @@ def test_autocast_and_half_maps_keep_exact_coordinates() -> None:
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (torch.zeros(3, 8, 8), r"\(B, 3, H, W\), not \(3, 8, 8\)"),
+        (torch.zeros(4, 8, 8), r"\(B, 3, H, W\), not \(4, 8, 8\)"),
         (torch.zeros(1, 1, 8, 8), r"not \(1, 1, 8, 8\)"),
         (torch.zeros(1, 3, 0, 8), r"not \(1, 3, 0, 8\)"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "divide by 255"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "uint8 or floats in .0, 1."),
         (torch.full((1, 3, 8, 8), 255.0), "largest value is 255"),
         (torch.full((1, 3, 8, 8), torch.nan), "largest value is nan"),
     ],
