@@ -1,4 +1,4 @@
-"""Models on disk: the model folder, strict and versioned, and checkpoints of the reference.
+"""Models on disk: the model folder, strict and versioned.
 
 A model folder holds only what was trained: adapter_model.safetensors and adapter_config.json (stock
 PEFT loads them), head.safetensors, config.json and a model card. The backbone is named in
@@ -8,7 +8,6 @@ config.json with the SHA-256 of its weights.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from equifeat._version import __version__
-from equifeat.errors import CheckpointError, EquifeatError, RecipeError, WeightsError
+from equifeat.errors import CheckpointError, RecipeError, WeightsError
 from equifeat.files import atomic_folder
 from equifeat.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LoraAdapter
 from equifeat.model.backbone import Backbone, load_backbone
 from equifeat.model.card import model_card
-from equifeat.model.extractor import FeatureExtractor, build_extractor
+from equifeat.model.extractor import FeatureExtractor, Sampling
 from equifeat.model.head import Head
-from equifeat.model.weights import PACKAGED_BACKBONE, describe_mismatch, read_tensors
+from equifeat.model.weights import describe_mismatch, read_tensors
 
 FORMAT = "equifeat-model"
 VERSION = 1
+"""The format version of every model that samples points exactly."""
+SAMPLING_VERSION = 2
+"""The version of models with sampling "reference": older readers would sample other points."""
 CONFIG = "config.json"
 HEAD_WEIGHTS = "head.safetensors"
 CARD = "README.md"
@@ -49,7 +51,8 @@ def save_model(
     Args:
         extractor: The model; its backbone's weights are not written, only named.
         folder: Where to write. An older model folder there is replaced.
-        recipe: How the model was trained, kept in config.json; anything JSON can hold.
+        recipe: How the model was trained, kept in config.json; anything JSON can hold. None for
+            what a loaded model had.
         card: Facts for the model card, see :func:`equifeat.model.card.model_card`.
 
     Returns:
@@ -60,7 +63,7 @@ def save_model(
     """
     folder = Path(folder)
     _refuse_foreign(folder)
-    config = _config(extractor, recipe)
+    config = _config(extractor, extractor.recipe if recipe is None else recipe)
     with atomic_folder(folder) as new:
         if extractor.adapter is not None:
             blocks, name = extractor.backbone.blocks, extractor.backbone.name
@@ -114,6 +117,7 @@ def load_model(
             blocks, rank, alpha = int(lora["blocks"]), int(lora["rank"]), float(lora["alpha"])
             adapter = LoraAdapter(backbone.blocks, blocks, rank, alpha)
         extractor = FeatureExtractor(backbone, adapter, Head(str(head["kind"]), backbone.dim))
+        extractor.sampling = _sampling(config)
     except RecipeError as error:
         raise CheckpointError(f"{folder / CONFIG} is wrong: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,61 +132,8 @@ def load_model(
     surplus = {name for name in _FILES - {CARD} - expected if (folder / name).exists()}
     if surplus:
         raise CheckpointError(f"{folder} holds {min(surplus)}, which {CONFIG} knows nothing of")
+    extractor.recipe = config.get("recipe")
     return extractor.to(device).eval()
-
-
-def import_reference(
-    path: str | Path, backbone: str | Backbone = PACKAGED_BACKBONE, weights: str = "packaged"
-) -> FeatureExtractor:
-    """Read a Lightning checkpoint of the reference implementation (3DCorrEnhance).
-
-    It holds `state_dict['refine_conv']` (the convolution) and `w_a_000`, `w_b_000`, … in the order
-    q, v of the first adapted block, q, v of the next, … ; its scale is 1. The position embedding
-    is resampled as the reference does. Features equal the reference's with
-    `resolution = its target side / 8`.
-
-    Args:
-        path: The .ckpt file; read without running code from it.
-        backbone: timm's name of the backbone it was trained on, or one with position="reference".
-        weights: Where the backbone's weights come from.
-
-    Returns:
-        The extractor.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or a name or shape does not fit.
-    """
-    path = Path(path)
-    down, up, conv = _read_reference(path)
-    rank = int(down[0].shape[0]) if down[0].ndim == 2 else 0
-    try:
-        extractor = build_extractor(
-            backbone, weights, "conv", max(rank, 1), None, len(down) // 2, position="reference"
-        )
-    except WeightsError:
-        raise
-    except EquifeatError as error:
-        raise CheckpointError(f"{path} does not fit the backbone: {error}") from error
-    if extractor.backbone.position != "reference":
-        raise CheckpointError("a shared backbone for a reference needs position='reference'")
-    adapter = extractor.adapter
-    assert adapter is not None
-    expected: dict[str, Tensor] = {}
-    updates = [low_rank for key in adapter.blocks for low_rank in adapter.pair(int(key))]
-    for index, update in enumerate(updates):
-        expected[f"w_a_{index:03d}"], expected[f"w_b_{index:03d}"] = update.a, update.b
-    for key, value in extractor.head.state_dict().items():
-        expected[key.replace("conv.", "refine_conv.")] = value
-    found = {f"w_a_{index:03d}": value for index, value in enumerate(down)}
-    found |= {f"w_b_{index:03d}": value for index, value in enumerate(up)}
-    found |= {f"refine_conv.{key}": value for key, value in conv.items()}
-    problem = describe_mismatch(expected, found)
-    if problem:
-        raise CheckpointError(f"{path} does not fit {extractor.backbone.name!r}: {problem}")
-    with torch.no_grad():
-        for key, value in expected.items():
-            value.copy_(found[key])
-    return extractor.eval()
 
 
 def trainable_state(extractor: FeatureExtractor) -> dict[str, Tensor]:
@@ -226,9 +177,10 @@ def _config(extractor: FeatureExtractor, recipe: Mapping[str, Any] | None) -> di
     if backbone.dtype != torch.float32:
         raise CheckpointError(f"the backbone is in {backbone.dtype}: save the model in float32")
     weights = {"source": source.kind, "path": source.path, "seed": source.seed}
+    exact = extractor.sampling == "exact"
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if exact else SAMPLING_VERSION,
         "equifeat": __version__,
         "backbone": {
             "name": backbone.name,
@@ -249,6 +201,7 @@ def _config(extractor: FeatureExtractor, recipe: Mapping[str, Any] | None) -> di
             "targets": ["q", "v"],
         },
         "head": {"kind": extractor.head.kind},
+        **({} if exact else {"sampling": extractor.sampling}),
         "pixel_convention": PIXEL_CONVENTION,
         "recipe": dict(recipe) if recipe is not None else None,
     }
@@ -278,12 +231,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     version = config.get("version")
     if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{path} has no valid format version: {version!r}")
-    if version > VERSION:
+    if version > SAMPLING_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this equifeat {__version__} reads up to "
-            f"{VERSION}: upgrade with pip install -U equifeat"
+            f"{SAMPLING_VERSION}: upgrade with pip install -U equifeat"
         )
     return config
+
+
+def _sampling(config: Mapping[str, Any]) -> Sampling:
+    """Return where a model samples points, by its config.json."""
+    if config["version"] < SAMPLING_VERSION:
+        return "exact"
+    if config["sampling"] != "reference":
+        raise ValueError(f"sampling {config['sampling']!r}")
+    return "reference"
 
 
 def _load_named_backbone(spec: Mapping[str, Any], weights: str | None, folder: Path) -> Backbone:
@@ -353,42 +315,6 @@ def _refuse_foreign(folder: Path) -> None:
         )
     if there:
         read_config(folder)
-
-
-def _read_reference(path: Path) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """Read the tensors of a reference checkpoint: all A, all B, the convolution."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist: give a .ckpt file of the reference")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read without running its code: {reason}") from None
-    state = content.get("state_dict") if isinstance(content, Mapping) else None
-    conv = state.get("refine_conv") if isinstance(state, Mapping) else None
-    if not isinstance(conv, Mapping):
-        raise CheckpointError(
-            f"{path} has no state_dict['refine_conv']: not a reference checkpoint"
-        )
-    others = sorted(str(key) for key in state if key != "refine_conv") if state else []
-    if others:
-        raise CheckpointError(f"{path} holds {others[0]!r} in its state_dict, which is unknown")
-    parts: list[list[Tensor]] = []
-    for prefix in ("w_a_", "w_b_"):
-        keys = sorted(key for key in content if str(key).startswith(prefix))
-        wanted = [f"{prefix}{index:03d}" for index in range(len(keys))]
-        if keys != wanted or not keys or len(keys) % 2:
-            missing = sorted(set(wanted) - set(keys)) or [f"{prefix}{len(keys):03d}"]
-            raise CheckpointError(
-                f"{path} lacks {missing[0]!r} (it has {', '.join(keys) or 'none'})"
-            )
-        parts.append([content[key] for key in keys])
-    if len(parts[0]) != len(parts[1]):
-        raise CheckpointError(f"{path} has {len(parts[0])} w_a but {len(parts[1])} w_b tensors")
-    tensors = [*parts[0], *parts[1], *conv.values()]
-    if not all(isinstance(value, Tensor) for value in tensors):
-        raise CheckpointError(f"{path} holds something other than tensors among its weights")
-    return parts[0], parts[1], dict(conv)
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import equifeat
 from equifeat.checkpoint import (
-    import_reference,
     load_model,
     load_trainable_state,
     save_model,
@@ -21,8 +20,6 @@ from equifeat.checkpoint import (
 from equifeat.errors import CheckpointError, WeightsError
 from equifeat.model.extractor import FeatureExtractor, build_extractor
 from equifeat.model.head import HeadKind
-from tests.helpers import GOLDEN
-from tests.model.test_weights import needs_packaged
 from tests.model.tiny import backbone, images, randomize, timm_model
 
 
@@ -164,7 +161,7 @@ def test_adapter_files_are_strict_too(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": 2}, "upgrade"),
+        ({"version": 3}, "upgrade"),
         ({"version": "new"}, "no valid format version"),
         ({"format": "other"}, "not of an equifeat model"),
         ({"head": {"kind": "mlp"}}, "head must be one of"),
@@ -238,92 +235,6 @@ def test_trainable_state_goes_round_and_is_strict() -> None:
         load_trainable_state(other, {k: v for k, v in state.items() if k != "head.conv.bias"})
     with pytest.raises(CheckpointError, match="of wrong shape"):
         load_trainable_state(other, {**state, "head.conv.bias": torch.zeros(1)})
-
-
-def tiny_reference(path: Path, **changes: Any) -> dict[str, Any]:
-    """Write a reference checkpoint for the tiny DINOv2 (3 blocks of width 64)."""
-    content: dict[str, Any] = {
-        "epoch": 0,
-        "state_dict": {
-            "refine_conv": {"weight": torch.randn(64, 64, 3, 3), "bias": torch.randn(64)}
-        },
-    }
-    for index in range(4):
-        content[f"w_a_{index:03d}"] = torch.randn(2, 64)
-        content[f"w_b_{index:03d}"] = torch.randn(64, 2)
-    content.update(changes)
-    content = {key: value for key, value in content.items() if value is not None}
-    torch.save(content, path)
-    return content
-
-
-def test_reference_tensors_go_where_they_belong(tmp_path: Path) -> None:
-    content = tiny_reference(tmp_path / "x.ckpt")
-    model = import_reference(tmp_path / "x.ckpt", backbone("dinov2", position="reference"))
-    assert model.adapter is not None
-    assert (model.tail_blocks, model.adapter.rank, model.adapter.scale) == (2, 2, 1.0)
-    order = [(1, 0), (1, 1), (2, 0), (2, 1)]  # q, v of the first adapted block, then the next
-    for index, (block, part) in enumerate(order):
-        update = model.adapter.pair(block)[part]
-        assert torch.equal(update.a, content[f"w_a_{index:03d}"])
-        assert torch.equal(update.b, content[f"w_b_{index:03d}"])
-    assert model.head.conv is not None
-    assert torch.equal(model.head.conv.weight, content["state_dict"]["refine_conv"]["weight"])
-    with pytest.raises(CheckpointError, match="position='reference'"):
-        import_reference(tmp_path / "x.ckpt", backbone("dinov2"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"state_dict": None}, "not a reference checkpoint"),
-        ({"state_dict": {"head": {}}}, "not a reference checkpoint"),
-        ({"state_dict": {"refine_conv": {"weight": torch.zeros(64, 64, 3, 3)}}}, "1 missing"),
-        (
-            {
-                "state_dict": {
-                    "refine_conv": {"weight": torch.zeros(8, 8, 3, 3), "bias": torch.zeros(64)}
-                }
-            },
-            r"refine_conv\.weight: \(8, 8, 3, 3\) instead of \(64, 64, 3, 3\)",
-        ),
-        ({"w_a_001": None}, "lacks 'w_a_001'"),
-        ({"w_b_003": None}, "lacks 'w_b_003'"),
-        ({"w_a_002": torch.zeros(3, 64)}, r"w_a_002: \(3, 64\) instead of \(2, 64\)"),
-        ({"w_b_002": "text"}, "other than tensors"),
-        ({f"w_{part}_{i:03d}": torch.zeros(1) for i in range(4, 8) for part in "ab"}, "3 blocks"),
-        ({"extra": Path("x")}, "without running its code"),
-    ],
-)
-def test_wrong_reference_checkpoints_are_named(
-    tmp_path: Path, changes: dict[str, Any], reason: str
-) -> None:
-    tiny_reference(tmp_path / "x.ckpt", **changes)
-    with pytest.raises(CheckpointError, match=reason) as caught:
-        import_reference(tmp_path / "x.ckpt", backbone("dinov2", position="reference"))
-    assert "\n" not in str(caught.value)
-
-
-def test_unreadable_reference_checkpoints_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
-        import_reference(tmp_path / "x.ckpt")
-    tiny_reference(tmp_path / "x.ckpt")
-    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "x.ckpt").read_bytes()[:3000])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        import_reference(tmp_path / "cut.ckpt")
-
-
-@needs_packaged
-def test_imported_reference_saves_and_loads(tmp_path: Path) -> None:
-    model = import_reference(GOLDEN / "reference_dinov2_small.ckpt")
-    folder = save_model(model, tmp_path / "mef")
-    loaded = load_model(folder, backbone=model.backbone)
-    image = images(1, 42, 56)
-    with torch.no_grad():
-        assert torch.equal(loaded.dense(image).features, model.dense(image).features)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["backbone"]["position"] == "reference"
-    assert config["backbone"]["weights"] == {"source": "packaged"}
 
 
 def test_public_names_are_lazy() -> None:
