@@ -1,0 +1,1 @@
+"""Finetuned models in the formats of other tools, one module a format."""
