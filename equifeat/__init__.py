@@ -13,22 +13,31 @@ from equifeat._version import __version__
 if TYPE_CHECKING:
     from equifeat.checkpoint import load_model, save_model
     from equifeat.checkpoint import load_model as load
+    from equifeat.hub.pretrained import from_pretrained
+    from equifeat.image_files import read_image
     from equifeat.model.extractor import FeatureExtractor, build_extractor
+    from equifeat.video_files import VideoFrames
 
 __all__ = [
     "FeatureExtractor",
+    "VideoFrames",
     "__version__",
     "build_extractor",
+    "from_pretrained",
     "load",
     "load_model",
+    "read_image",
     "save_model",
 ]
 
 _WHERE = {
     "FeatureExtractor": ("equifeat.model.extractor", "FeatureExtractor"),
+    "VideoFrames": ("equifeat.video_files", "VideoFrames"),
     "build_extractor": ("equifeat.model.extractor", "build_extractor"),
+    "from_pretrained": ("equifeat.hub.pretrained", "from_pretrained"),
     "load": ("equifeat.checkpoint", "load_model"),
     "load_model": ("equifeat.checkpoint", "load_model"),
+    "read_image": ("equifeat.image_files", "read_image"),
     "save_model": ("equifeat.checkpoint", "save_model"),
 }
 

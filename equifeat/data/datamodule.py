@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -218,6 +219,27 @@ class PairDataModule(pl.LightningDataModule):
         self.captures = captures
         self.train_source: PairSource | None = None
         self.val_source: PairSource | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Say what pairs are drawn from and how, for config.json and the card of a model.
+
+        Returns:
+            Plain values.
+        """
+        source = self.train_source
+        return {
+            "views": str(self.views),
+            "layout": self.layout,
+            "objects": None if source is None else len(source.objects),
+            "sampler": self.sampler,
+            "num_keypoints": self.num_keypoints,
+            "angles_deg": [self.min_angle_deg, self.max_angle_deg],
+            "augment": self.augment is not None,
+            "background": self.background,
+            "batch_size": self.batch_size,
+            "ranks": self.trainer.world_size if self.trainer else 1,
+            "seed": self.seed,
+        }
 
     def setup(self, stage: str | None = None) -> None:
         """Open the view folders.

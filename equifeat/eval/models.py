@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from equifeat.checkpoint import load_model, read_config, trainable_state
 from equifeat.errors import RecipeError
 from equifeat.eval.controls import CoordinateOracle, RandomFeatures
 from equifeat.eval.features import Dense
+from equifeat.hub.fetch import fetch_model
+from equifeat.hub.names import hub_name, is_hub_word
+from equifeat.hub.pretrained import load_fetched
 from equifeat.model.extractor import FeatureExtractor, build_extractor
 from equifeat.model.weights import PACKAGED_BACKBONE, packaged_available, state_hash
 
@@ -45,8 +49,9 @@ def parse_models(words: Sequence[str]) -> list[ModelSpec]:
     """Read what stands behind --model.
 
     Args:
-        words: Each `WHAT` or `NAME=WHAT[,WHAT …]`: a model folder, the name of a timm ViT,
-            "oracle" or "random"; several are seeds of one model. `FOLDER@raw` is the ViT alone,
+        words: Each `WHAT` or `NAME=WHAT[,WHAT …]`: a model folder, a model of a hub
+            (`hf://USER/NAME` or `hf://USER/NAME@REVISION`), the name of a timm ViT, "oracle" or
+            "random"; several are seeds of one model. `FOLDER@raw` is the ViT alone,
             `FOLDER@untrained` the model before its first step.
 
     Returns:
@@ -90,7 +95,7 @@ def with_controls(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
     seen: set[tuple[str, ...]] = set()
     for spec in specs:
         if all(_is_folder(word) for word in spec.words):
-            backbone = read_config(Path(spec.words[0]))["backbone"]
+            backbone = read_config(model_folder(spec.words[0]))["backbone"]
             raw = tuple(str(backbone[key]) for key in ("name", "sha256", "position"))
             if raw not in seen:
                 out.append(ModelSpec(f"{backbone['name']} raw", (f"{spec.words[0]}@raw",)))
@@ -105,14 +110,36 @@ def _is_folder(word: str) -> bool:
     return Path(word).exists() or "/" in word or word.startswith(".")
 
 
-def open_model(model: str, weights: str = "auto", device: str = "cpu") -> FeatureExtractor:
-    """Open a finetuned model folder, or any timm ViT raw.
+@cache
+def _fetched(word: str) -> Path:
+    """Fetch once: all rows of a table are then of one commit, whoever pushes meanwhile."""
+    return fetch_model(hub_name(word))
+
+
+def model_folder(word: str) -> Path:
+    """Return the folder of a model.
 
     Args:
-        model: A model folder, or the name of a timm ViT.
+        word: A model folder, or hf://USER/NAME[@REVISION], which is fetched.
+
+    Returns:
+        The folder; of a model of a hub, one in its cache.
+
+    Raises:
+        CheckpointError: The model of a hub cannot be had.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    return _fetched(word) if is_hub_word(word) else Path(word)
+
+
+def open_model(model: str, weights: str = "auto", device: str = "cpu") -> FeatureExtractor:
+    """Open a finetuned model, from a folder or a hub, or any timm ViT raw.
+
+    Args:
+        model: A model folder, hf://USER/NAME[@REVISION], or the name of a timm ViT.
         weights: For a raw ViT: "hub", "packaged", "random", a file, or "auto", which takes the
             packaged weights when the model is the packaged one and they are installed, else the
-            hub's.
+            hub's. For a model of a hub: the same for its backbone, "auto" as its config.json says.
         device: Device of the model.
 
     Returns:
@@ -122,6 +149,9 @@ def open_model(model: str, weights: str = "auto", device: str = "cpu") -> Featur
         CheckpointError: The folder is not a model folder.
         ModelNameError: timm has no such model.
     """
+    if is_hub_word(model):
+        own = None if weights == "auto" else weights
+        return load_fetched(model_folder(model), hub_name(model), device, own)
     if _is_folder(model):
         return load_model(Path(model), device).eval()
     if weights == "auto":
@@ -150,7 +180,7 @@ def open_word(word: str, weights: str = "auto", device: str = "cpu") -> OpenMode
     what, _, control = word.rpartition("@")
     if control in ("raw", "untrained") and what and not Path(word).exists():
         trained = open_model(what, weights, device)
-        extractor = trained.raw() if control == "raw" else untrained(trained, Path(what))
+        extractor = trained.raw() if control == "raw" else untrained(trained, model_folder(what))
         extractor = extractor.to(device).eval()
     else:
         extractor = open_model(word, weights, device)
@@ -204,4 +234,6 @@ def extractor_hash(extractor: FeatureExtractor) -> str:
         f"{backbone.name} {backbone.position} {backbone.weights_hash()} {backbone.compute_dtype}"
         f"{scale} head {extractor.head.kind} {state_hash(state)}"
     )
+    if extractor.sampling != "exact":
+        text += f" sampling {extractor.sampling}"
     return hashlib.sha256(text.encode()).hexdigest()

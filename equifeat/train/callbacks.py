@@ -11,7 +11,23 @@ import pytorch_lightning as pl
 import torch
 
 from equifeat.checkpoint import save_model
+from equifeat.data.datamodule import PairDataModule
 from equifeat.train.module import EquivariantFinetune
+
+
+def recipe_of(module: pl.LightningModule, step: int) -> dict[str, Any]:
+    """Say how a model was trained, for its config.json.
+
+    Args:
+        module: The module, in a fit.
+        step: Optimiser steps done.
+
+    Returns:
+        The module's options, "steps", and "data": what the pairs were drawn from.
+    """
+    data = getattr(module.trainer, "datamodule", None)
+    record = {"data": data.record()} if isinstance(data, PairDataModule) else {}
+    return {**dict(module.hparams), "steps": step, **record}
 
 
 class ExportModel(pl.Callback):
@@ -32,7 +48,7 @@ class ExportModel(pl.Callback):
     def _save(self, module: pl.LightningModule, folder: Path, step: int) -> None:
         if not isinstance(module, EquivariantFinetune):
             raise TypeError(f"ExportModel exports EquivariantFinetune, not {type(module).__name__}")
-        save_model(module.extractor, folder, recipe={**dict(module.hparams), "steps": step})
+        save_model(module.extractor, folder, recipe=recipe_of(module, step))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the untrained model when step 0 was asked for."""

@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import CSVLogger
 from equifeat.data.datamodule import PairDataModule
 from equifeat.errors import RecipeError
 from equifeat.options import OneSentence
+from equifeat.recipe_files import with_packaged_recipes
 from equifeat.train.checkpoints import latest_checkpoint, read_checkpoint
 from equifeat.train.dry_run import Stopwatch, dry_run_config, report
 from equifeat.train.loggers import run_loggers
@@ -49,15 +50,16 @@ class RecipeCLI(LightningCLI):
 
     Args:
         stack: Holds the lock of the run's folder until the command ends.
+        args: Arguments behind ``equifeat``; a recipe of the package may be given by name.
         **kwargs: Lightning's arguments.
     """
 
-    def __init__(self, stack: ExitStack, **kwargs: Any) -> None:
+    def __init__(self, stack: ExitStack, args: Sequence[str], **kwargs: Any) -> None:
         self.stack = stack
         self.start = Start()
         self.stopwatch = Stopwatch()
         self.planned: Any = None  # the recipe, when it is a dry run
-        super().__init__(**kwargs)
+        super().__init__(args=with_packaged_recipes(args), **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add run.*: what belongs to a run and to neither model, data nor trainer.

@@ -28,6 +28,7 @@ from equifeat.eval.equivariance import evaluate_equivariance
 from equifeat.eval.equivariance_result import EquivarianceResult
 from equifeat.eval.shared_trunk import SharedTokens, SharedTrunk
 from equifeat.model.extractor import FeatureExtractor
+from equifeat.train.callbacks import recipe_of
 from equifeat.train.module import EquivariantFinetune
 from equifeat.train.monitor import Monitor
 from equifeat.train.sharded import ShardedFrozenStrategy
@@ -273,8 +274,7 @@ class Watch(pl.Callback):
         )
         held_out = {model: _means(self._controls, model) for model in (RAW, UNTRAINED)}
         recipe = {
-            **dict(pl_module.hparams),
-            "steps": step,
+            **recipe_of(pl_module, step),
             "held_out": {
                 **{key: self._watched[key] for key in ("views", "objects", "pairs", "points")},
                 **held_out,
