@@ -46,5 +46,6 @@ def progress(
         if now - last >= seconds or done == total:
             last = now
             of = f"/{total}" if total else ""
-            sys.stderr.write(f"{what}: {done}{of} in {now - start:.0f} s\n")
+            rate = done / max(now - start, 1e-9)
+            sys.stderr.write(f"{what}: {done}{of} in {now - start:.0f} s, {rate:.1f}/s\n")
             sys.stderr.flush()
