@@ -59,31 +59,11 @@ class TemplateLocalizer:
         Returns:
             The estimate, in mm; None where the region is empty or outside the image.
         """
-        options = self.options
-        black = options.background == "black"
-        seen = image * region.mask if black and region.mask is not None else image
         size_hw = (int(image.shape[-2]), int(image.shape[-1]))
-        box = _clipped(region.box, size_hw)
-        if box is None:
-            return None
-        crop = crop_object(seen, box, options.margin, options.crop)
-        xy = _points(crop, options.stride, region, size_hw)
-        if not len(xy):
+        if clipped(region.box, size_hw) is None:
             return None
         bank = self._bank(obj, source)
-        features = source(crop.image)
-        found = features.sample(xy[None].to(features.features.device))[0]
-        to = mutual_nearest(found, bank.descriptors).matches0.cpu()
-        matched = to >= 0
-        return estimate_pose(
-            bank.points[to[matched]],
-            xy[matched].double(),
-            crop.camera(K),
-            threshold_px=options.threshold_px,
-            iterations=options.iterations,
-            seed=self.seed,
-            method=options.method,
-        )
+        return localize(image, K, region, bank, self.options, self.seed, source)
 
     def _bank(self, obj: int, source: FeatureSource) -> Bank:
         if self._source is not source:
@@ -107,8 +87,65 @@ class TemplateLocalizer:
         return self._banks[obj]
 
 
-def _clipped(box: Box, size_hw: SizeHW) -> Box | None:
-    """The part of a box in the image."""
+def localize(
+    image: Tensor,
+    K: Tensor,
+    region: Region,
+    bank: Bank,
+    options: BopOptions,
+    seed: int,
+    source: FeatureSource,
+) -> PoseEstimate | None:
+    """Estimate the pose of an object that a bank describes.
+
+    Args:
+        image: (3, H, W) RGB in [0, 1].
+        K: (3, 3) intrinsics, corner convention.
+        region: Where the object is.
+        bank: Descriptors of the object's points.
+        options: Crop, stride, background and PnP; the rest says nothing here.
+        seed: Of RANSAC.
+        source: The model.
+
+    Returns:
+        The estimate, in the unit of the bank's points; its inliers are of the mutual nearest
+        neighbours. None where the region is empty or outside the image.
+    """
+    black = options.background == "black"
+    seen = image * region.mask if black and region.mask is not None else image
+    size_hw = (int(image.shape[-2]), int(image.shape[-1]))
+    box = clipped(region.box, size_hw)
+    if box is None:
+        return None
+    crop = crop_object(seen, box, options.margin, options.crop)
+    xy = _points(crop, options.stride, region, size_hw)
+    if not len(xy):
+        return None
+    features = source(crop.image)
+    found = features.sample(xy[None].to(features.features.device))[0]
+    to = mutual_nearest(found, bank.descriptors).matches0.cpu()
+    matched = to >= 0
+    return estimate_pose(
+        bank.points[to[matched]],
+        xy[matched].double(),
+        crop.camera(K),
+        threshold_px=options.threshold_px,
+        iterations=options.iterations,
+        seed=seed,
+        method=options.method,
+    )
+
+
+def clipped(box: Box, size_hw: SizeHW) -> Box | None:
+    """Return the part of a box in an image.
+
+    Args:
+        box: Left, top, right, bottom in pixels.
+        size_hw: Height and width of the image.
+
+    Returns:
+        The part; None where there is none.
+    """
     h, w = size_hw
     left, top, right, bottom = box
     inner = (max(left, 0.0), max(top, 0.0), min(right, float(w)), min(bottom, float(h)))

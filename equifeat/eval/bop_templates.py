@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from equifeat.data.bop import BopImage, read_scene, scene_folders
@@ -191,9 +191,36 @@ def _describe(
                 "depth is not; unpack the split again."
             )
     depth = drawn if depth is None else depth.double()
+    return describe_view(image, depth, mask, K, pose, options, source)
+
+
+def describe_view(
+    image: Float[Tensor, "3 h w"],
+    depth: Float[Tensor, "h w"],
+    mask: Bool[Tensor, "h w"],
+    K: Float[Tensor, "3 3"],
+    cam_from_object: Float[Tensor, "4 4"],
+    options: TemplateOptions,
+    source: FeatureSource,
+) -> Bank | None:
+    """Describe the points of an object that one image shows.
+
+    Args:
+        image: RGB in [0, 1].
+        depth: float64 z-depth in the unit of the pose, 0 = unknown.
+        mask: Where the object is.
+        K: float64 intrinsics, corner convention.
+        cam_from_object: float64 pose.
+        options: How; ``depth`` and ``pixels`` say nothing here.
+        source: The model.
+
+    Returns:
+        Descriptors on the source's device, points on the CPU; None for an empty mask or no depth.
+    """
     box = box_of(mask)
     if box is None:
         return None
+    size_hw = (int(image.shape[-2]), int(image.shape[-1]))
     crop = crop_object(image * mask if options.black else image, box, options.margin, options.crop)
     spread = crop.to_image(crop.grid(options.stride).double())
     # depth is known at pixel centres only: each point moves to its pixel's, once
@@ -204,7 +231,7 @@ def _describe(
     if not len(at):
         return None
     centers = from_integer_centers(at.double())
-    points = transform(invert(pose), Camera(K, size_hw).unproject(centers, z))
+    points = transform(invert(cam_from_object), Camera(K, size_hw).unproject(centers, z))
     features = source(crop.image)
     xy = crop.from_image(centers).float()[None].to(features.features.device)
     return Bank(features.sample(xy)[0], points)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -134,4 +135,5 @@ class SharedTrunk(nn.Module):
             if not self.is_raw:
                 return self.extractor.tail(trunk())
             raw = self.shared.raw(key, lambda: self.first.raw().tail(trunk()))
-            return FeatureMap(self.extractor.head(raw.features), raw.size_hw)
+            features = self.extractor.head(raw.features)
+            return replace(raw, features=features, point_scale=self.extractor.point_scale)

@@ -68,6 +68,7 @@ def track(
     queries_xyt: Float[Tensor, "n 3"],
     options: TrackerOptions | None = None,
     memory_mb: int = 512,
+    device: torch.device | str | None = None,
 ) -> Tracks:
     """Track points through a video.
 
@@ -76,13 +77,15 @@ def track(
         queries_xyt: x and y in pixels, and the frame, of every point.
         options: How.
         memory_mb: Memory for similarities and descriptors beside the features themselves.
+        device: Where matching runs, frame by frame, when the features wait elsewhere; with the
+            features when None.
 
     Returns:
         The tracks, on the CPU. No query depends on another one.
     """
     options = options or TrackerOptions()
-    matcher = _Matcher(maps, options, memory_mb)
-    queries = queries_xyt.to(maps.features.device, torch.float32)
+    matcher = _Matcher(maps, options, memory_mb, device)
+    queries = queries_xyt.to(matcher.device, torch.float32)
     frames, dim = maps.features.shape[:2]
     at_once = max(1, memory_mb * 2**19 // (4 * frames * (dim + frames)))
     parts = [_track(matcher, some, options) for some in torch.split(queries, at_once)]
@@ -128,15 +131,23 @@ def _with_cycles(
 class _Matcher:
     """The frames' features, and where descriptors are found in them."""
 
-    def __init__(self, maps: FeatureMap, options: TrackerOptions, memory_mb: int) -> None:
+    def __init__(
+        self,
+        maps: FeatureMap,
+        options: TrackerOptions,
+        memory_mb: int,
+        device: torch.device | str | None,
+    ) -> None:
         self.maps = maps
+        self.device = maps.features.device if device is None else torch.device(device)
         self.frames, self.dim = int(maps.features.shape[0]), int(maps.features.shape[1])
         self.temperature, self.upsample = options.temperature, options.upsample
         h, w = (n * options.upsample for n in maps.grid_hw)
-        grid = FeatureMap(maps.features.new_empty(1, 1, h, w), maps.size_hw, maps.margin_yx)
+        one = torch.empty(1, 1, h, w, device=self.device)
+        grid = FeatureMap(one, maps.size_hw, maps.margin_yx)
         self.grid_hw = (h, w)
         self.centers = grid.centers().reshape(-1, 2)
-        self.steps = _circle(grid.stride, options.radius).to(maps.features.device)
+        self.steps = _circle(grid.stride, options.radius).to(self.device)
         stride = self.centers.new_tensor(grid.stride[::-1])
         self.offsets = self.steps.flip(-1) * stride
         # similarities, and some ten values for each place in the circle
@@ -144,12 +155,13 @@ class _Matcher:
 
     def describe(self, frame: int, xy: Tensor) -> Tensor:
         """Return the unit descriptors (M, D) of points (M, 2) of a frame."""
-        one = self.maps.features[frame : frame + 1]
+        one = self.maps.features[frame : frame + 1].to(self.device)
         return FeatureMap(one, self.maps.size_hw, self.maps.margin_yx).sample(xy[None])[0]
 
     def match(self, descriptors: Tensor, frame: int) -> Tensor:
         """Return where (M, D) unit descriptors are found in a frame, (M, 2) in pixels."""
-        features = F.normalize(self.maps.features[frame].flatten(1).float(), dim=0, eps=1e-8)
+        features = self.maps.features[frame].to(self.device).flatten(1).float()
+        features = F.normalize(features, dim=0, eps=1e-8)
         return torch.cat(
             [self._match(some, features) for some in torch.split(descriptors, self.rows)]
         )

@@ -47,7 +47,7 @@ def track_picture(
     for t in shown:
         photo = to_bytes(resize(video.read(t)[None], small)[0].permute(1, 2, 0))
         known = ~truth.occluded[some, t]
-        cells.append(_draw(photo, found[:, t], occluded[some, t], true[:, t], known))
+        cells.append(draw_points(photo, found[:, t], occluded[some, t], true[:, t], known))
     return sheet(
         title,
         [f"frame {t}" + (" (asked)" if t == start else "") for t in shown],
@@ -59,8 +59,21 @@ def track_picture(
     )
 
 
-def _draw(image: Pixels, xy: Tensor, hollow: Tensor, true_xy: Tensor, known: Tensor) -> Pixels:
-    """Draw points, each in a colour of its own, with a line to where it truly is."""
+def draw_points(
+    image: Pixels, xy: Tensor, hollow: Tensor, true_xy: Tensor, known: Tensor
+) -> Pixels:
+    """Draw points, each in a colour of its own, with a line to where it truly is.
+
+    Args:
+        image: Drawn on a copy.
+        xy: (N, 2) pixels of the image.
+        hollow: (N,) which are drawn as rings.
+        true_xy: (N, 2) where the points truly are.
+        known: (N,) where that is known; no line elsewhere.
+
+    Returns:
+        The picture.
+    """
     spread = np.linspace(0.0, 1.0, len(xy))
     colors = to_bytes(torch.from_numpy(matplotlib.colormaps["turbo"](spread)[:, :3]))
     size = (image.shape[1] * _LARGER, image.shape[0] * _LARGER)
