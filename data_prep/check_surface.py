@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import correlate1d
 
 from equifeat.data.object_views import View
+from equifeat.errors import LazyExtra
 
 Array = NDArray[Any]
+_ndimage: Any = LazyExtra("scipy.ndimage", "render", "Checking views")
 SURFACE, BACKGROUND, UNKNOWN = 0, 1, 2
 _RADIUS = 2
 _LEAST = 10  # valid pixels of the 25 in a window
@@ -124,7 +125,7 @@ def _planes(inverse: Array, valid: Array) -> tuple[Array, Array, Array, Array, A
     powers = [x**0, x, x * x]
 
     def along(values: Array, power: int, axis: int) -> Array:
-        out: Array = correlate1d(values, powers[power], axis=axis, mode="constant")
+        out: Array = _ndimage.correlate1d(values, powers[power], axis=axis, mode="constant")
         return out
 
     weight = valid.astype(np.float64)

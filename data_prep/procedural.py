@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import trimesh
 from numpy.typing import NDArray
-from trimesh.creation import annulus, box, capsule, cone, cylinder, icosphere, torus
 
 from data_prep.mesh import Mesh, mesh_from_bytes
 from data_prep.procedural_textures import texture_atlas
-from equifeat.errors import RenderError
+from equifeat.errors import LazyExtra, RenderError
 from equifeat.seeding import numpy_generator
 
 Array = NDArray[Any]
-# half of trimesh is untyped
-_trimesh: Any = trimesh
+_trimesh: Any = LazyExtra("trimesh", "render", "Making example meshes")
+_shapes: Any = LazyExtra("trimesh.creation", "render", "Making example meshes")
 _COLUMNS, _ROWS = 3, 2
 
 
@@ -88,14 +86,14 @@ def _body(rng: np.random.Generator) -> Any:
     size = rng.uniform([0.8, 0.45, 0.35], [1.2, 0.8, 0.7])
     kind = int(rng.integers(4))
     if kind == 0:
-        shape = box(size)
+        shape = _shapes.box(size)
     elif kind == 1:
-        shape = cylinder(radius=0.5, height=1.0, sections=40)
+        shape = _shapes.cylinder(radius=0.5, height=1.0, sections=40)
     elif kind == 2:
-        shape = icosphere(subdivisions=3, radius=0.55)
+        shape = _shapes.icosphere(subdivisions=3, radius=0.55)
     else:
-        shape = box((1.0, 1.0, 0.45))
-        block = box((0.5, 1.0, 1.0))
+        shape = _shapes.box((1.0, 1.0, 0.45))
+        block = _shapes.box((0.5, 1.0, 1.0))
         block.apply_translation([rng.uniform(-0.25, 0.25), 0.0, 0.4])
         shape = _trimesh.boolean.union([shape, block], engine="manifold")
     if kind:
@@ -104,9 +102,9 @@ def _body(rng: np.random.Generator) -> Any:
     for _ in range(int(rng.integers(2, 5))):
         point, normal = _surface_point(rng, shape)
         if rng.uniform() < 0.5:
-            tool = cylinder(radius=rng.uniform(0.05, 0.14), height=0.5, sections=28)
+            tool = _shapes.cylinder(radius=rng.uniform(0.05, 0.14), height=0.5, sections=28)
         else:
-            tool = box(rng.uniform([0.1, 0.1, 0.2], [0.3, 0.25, 0.4]))
+            tool = _shapes.box(rng.uniform([0.1, 0.1, 0.2], [0.3, 0.25, 0.4]))
         tool.apply_transform(_frame(rng, point, normal))
         carved = _trimesh.boolean.difference([shape, tool], engine="manifold")
         shape = carved if len(carved.faces) > 8 else shape
@@ -127,17 +125,17 @@ def _attached(rng: np.random.Generator, host: Any) -> Any:
 
 def _gear(rng: np.random.Generator) -> Any:
     """Make a toothed wheel with an off-centre hole, turned as a surface of columns."""
-    wheel = cylinder(radius=0.15, height=0.09, sections=32)
+    wheel = _shapes.cylinder(radius=0.15, height=0.09, sections=32)
     teeth = int(rng.integers(6, 11))
     solids = [wheel]
     for i in range(teeth):
-        tooth = box((0.07, 0.05, 0.09))
+        tooth = _shapes.box((0.07, 0.05, 0.09))
         tooth.apply_translation([0.17, 0.0, 0.0])
         turn = 2 * np.pi * i / teeth
         solids.append(
             tooth.apply_transform(_trimesh.transformations.rotation_matrix(turn, [0, 0, 1]))
         )
-    hole = cylinder(radius=0.05, height=0.3, sections=20)
+    hole = _shapes.cylinder(radius=0.05, height=0.3, sections=20)
     hole.apply_translation([0.05, 0.0, 0.0])
     union = _trimesh.boolean.union(solids, engine="manifold")
     return _trimesh.boolean.difference([union, hole], engine="manifold")
@@ -145,7 +143,10 @@ def _gear(rng: np.random.Generator) -> Any:
 
 def _wedge(rng: np.random.Generator) -> Any:
     """Cut a box by a slanted plane."""
-    block, tool = box(rng.uniform([0.2, 0.15, 0.15], [0.45, 0.3, 0.3])), box((1.0, 1.0, 1.0))
+    block, tool = (
+        _shapes.box(rng.uniform([0.2, 0.15, 0.15], [0.45, 0.3, 0.3])),
+        _shapes.box((1.0, 1.0, 1.0)),
+    )
     tool.apply_translation([0.0, 0.0, 0.53])
     tool.apply_transform(
         _trimesh.transformations.rotation_matrix(rng.uniform(0.3, 0.8), [0.3, 1.0, 0.0])
@@ -154,17 +155,21 @@ def _wedge(rng: np.random.Generator) -> Any:
 
 
 _SHAPES: list[Callable[[np.random.Generator], Any]] = [
-    lambda r: box(r.uniform([0.1, 0.08, 0.1], [0.4, 0.25, 0.45])),
-    lambda r: cylinder(radius=r.uniform(0.04, 0.12), height=r.uniform(0.2, 0.6), sections=28),
-    lambda r: cone(radius=r.uniform(0.08, 0.18), height=r.uniform(0.2, 0.45), sections=28),
-    lambda r: torus(
+    lambda r: _shapes.box(r.uniform([0.1, 0.08, 0.1], [0.4, 0.25, 0.45])),
+    lambda r: _shapes.cylinder(
+        radius=r.uniform(0.04, 0.12), height=r.uniform(0.2, 0.6), sections=28
+    ),
+    lambda r: _shapes.cone(radius=r.uniform(0.08, 0.18), height=r.uniform(0.2, 0.45), sections=28),
+    lambda r: _shapes.torus(
         r.uniform(0.12, 0.2), r.uniform(0.03, 0.06), major_sections=30, minor_sections=14
     ),
-    lambda r: capsule(height=r.uniform(0.1, 0.4), radius=r.uniform(0.05, 0.1), count=[16, 16]),
-    lambda r: annulus(
+    lambda r: _shapes.capsule(
+        height=r.uniform(0.1, 0.4), radius=r.uniform(0.05, 0.1), count=[16, 16]
+    ),
+    lambda r: _shapes.annulus(
         r.uniform(0.05, 0.09), r.uniform(0.11, 0.17), r.uniform(0.08, 0.35), sections=28
     ),
-    lambda r: icosphere(subdivisions=2, radius=r.uniform(0.08, 0.16)).apply_scale(
+    lambda r: _shapes.icosphere(subdivisions=2, radius=r.uniform(0.08, 0.16)).apply_scale(
         r.uniform([0.6, 0.8, 1.0], [1.0, 1.2, 1.5])
     ),
     _gear,

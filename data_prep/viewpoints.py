@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import trimesh
 from numpy.typing import NDArray
 from torch import Tensor
 
-from equifeat.errors import RenderError
+from equifeat.errors import RenderError, import_extra
 from equifeat.geometry.camera import look_at
 from equifeat.seeding import numpy_generator
 
@@ -180,7 +179,8 @@ def _eyes(options: ViewpointOptions) -> Array:
 def _directions(options: ViewpointOptions) -> Array:
     """Return (V, 3) unit vectors from the object to the cameras, +y up."""
     if tuple(options.elevation) == _WHOLE and options.count in _ICOSPHERES:
-        sphere = trimesh.creation.icosphere(subdivisions=_ICOSPHERES[options.count])
+        creation = import_extra("trimesh.creation", "render", "Placing cameras")
+        sphere = creation.icosphere(subdivisions=_ICOSPHERES[options.count])
         vertices = np.asarray(sphere.vertices, dtype=np.float64)
         out: Array = vertices / np.linalg.norm(vertices, axis=1, keepdims=True)
         return out
