@@ -18,8 +18,10 @@ from equifeat.eval.data_hash import SUMS, write_sums
 from equifeat.eval.environment import environment
 from equifeat.eval.harness import evaluate, find_protocol
 from equifeat.eval.models import ModelSpec, OpenModel, open_word, parse_models, with_controls
+from equifeat.eval.protocol import Protocol
 from equifeat.eval.ranks import Ranks, start_ranks
 from equifeat.eval.results import Results, TaskResult
+from equifeat.eval.task import Task
 from equifeat.eval.tasks import TASKS, find_task
 from equifeat.eval_report import console_text, write_evaluation
 from equifeat.files import atomic_folder
@@ -169,15 +171,56 @@ def suite_command(
         RecipeError: The suite is wrong.
     """
     models, entries = read_suite(suite)
-    specs = _rows(list(model) or models, controls)
+    return run_suite(
+        entries,
+        _rows(list(model) or models, controls),
+        suite.parent,
+        out,
+        cache=cache,
+        weights=weights,
+        pictures=pictures,
+        published=published,
+        device=device,
+        devices=devices,
+    )
+
+
+def run_suite(
+    entries: Sequence[SuiteTask],
+    specs: Sequence[ModelSpec],
+    base: Path,
+    out: Path,
+    *,
+    cache: Path | None = None,
+    weights: str = "auto",
+    pictures: int = 3,
+    published: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+) -> str | None:
+    """Score models on several tasks, into one report.
+
+    Args:
+        entries: The tasks.
+        specs: Rows of the tables.
+        base: Folder that the tasks' data are relative to.
+        out: Folder for results.json, results.md and report.html.
+        cache: Folder of predictions; OUT/predictions when left out.
+        weights: Weights of raw models.
+        pictures: How many of the best and of the worst items are drawn into the report.
+        published: Whether published numbers stand beside the measured ones.
+        device: auto, cpu, cuda, cuda:1, …
+        devices: How many processes of this machine share the items.
+
+    Returns:
+        The tables as text; None in all processes but the first.
+
+    Raises:
+        EvalDataError: A folder does not hold its data.
+        RecipeError: A task or protocol does not exist.
+    """
     # everything that can be wrong is looked at before the first forward pass
-    plans = []
-    for entry in entries:
-        task = find_task(entry.task)
-        changes = [f"{k}={_plain(v)}" for k, v in entry.set.items()]
-        one, data = find_protocol(task, entry.protocol, changes), suite.parent / entry.data
-        task.open(data, one)
-        plans.append((task, one, data, entry.limit))
+    plans = open_suite(entries, base)
     ranks = start_ranks(device, devices)
     opener = _opener(weights, ranks)
     results = [
@@ -197,6 +240,32 @@ def suite_command(
     ]
     done = [result for result in results if result is not None]
     return _finish(done, out, published, ranks) if done else None
+
+
+def open_suite(
+    entries: Sequence[SuiteTask], base: Path
+) -> list[tuple[Task, Protocol, Path, int | None]]:
+    """Look at all that can be wrong with the tasks of a suite.
+
+    Args:
+        entries: The tasks.
+        base: Folder that their data are relative to.
+
+    Returns:
+        Task, protocol, folder of the data and limit of each.
+
+    Raises:
+        EvalDataError: A folder does not hold its data.
+        RecipeError: A task or protocol does not exist.
+    """
+    plans = []
+    for entry in entries:
+        task = find_task(entry.task)
+        changes = [f"{k}={_plain(v)}" for k, v in entry.set.items()]
+        one, data = find_protocol(task, entry.protocol, changes), base / entry.data
+        task.open(data, one)
+        plans.append((task, one, data, entry.limit))
+    return plans
 
 
 def read_suite(path: Path) -> tuple[list[str], list[SuiteTask]]:
@@ -225,9 +294,27 @@ def read_suite(path: Path) -> tuple[list[str], list[SuiteTask]]:
     for name, what in named.items():
         words = what if isinstance(what, list) else [what]
         models.append(f"{name}={','.join(map(str, words))}")
+    return models, suite_tasks(content["tasks"], path)
+
+
+def suite_tasks(content: Any, path: Path) -> list[SuiteTask]:
+    """Check a list of tasks.
+
+    Args:
+        content: One mapping a task: task, data, and perhaps protocol, set and limit.
+        path: The file it is from, for messages.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        RecipeError: An entry is wrong.
+    """
+    if not isinstance(content, list) or not content:
+        raise RecipeError(f"{path}: tasks must be a list, not {content!r}.")
     entries = []
     known = set(SuiteTask.__dataclass_fields__)
-    for number, entry in enumerate(content["tasks"]):
+    for number, entry in enumerate(content):
         wrong = sorted(entry.keys() - known) if isinstance(entry, dict) else ["?"]
         if wrong or not (entry.get("task") and entry.get("data")):
             hint = suggest(wrong[0], known) if wrong else ""
@@ -239,7 +326,7 @@ def read_suite(path: Path) -> tuple[list[str], list[SuiteTask]]:
             if not isinstance(entry.get(key), kind | None):
                 raise RecipeError(f"{path}: {key} of entry {number} must be {form}.")
         entries.append(SuiteTask(**{k: v for k, v in entry.items() if v is not None}))
-    return models, entries
+    return entries
 
 
 def _rows(words: Sequence[str], controls: bool) -> list[ModelSpec]:

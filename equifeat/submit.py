@@ -110,6 +110,85 @@ def submit_command(
         ModelNameError: The recipe's backbone does not exist.
         MissingExtraError: submitit is not installed.
     """
+    arguments = [word for path in recipe for word in ("--config", str(path))]
+    arguments += _words("--fit", fit)
+    fits: list[tuple[Path | None, list[str]]] = [(None, arguments)]
+    if array_seeds is not None:
+        run = Path(parse_recipe(arguments)["run"]["dir"])
+        fits = [
+            (
+                run,
+                [*arguments, "--seed_everything", str(seed), "--run.dir", f"{run}/seed_{seed}"],
+            )
+            for seed in parse_seeds(array_seeds)
+        ]
+    return submit_fits(
+        [words for _, words in fits],
+        name or recipe[0].stem,
+        time,
+        nodes,
+        gpus,
+        tasks,
+        cpus_per_task,
+        mem,
+        partition,
+        account,
+        constraint,
+        save_before,
+        setup,
+        sbatch,
+        dry_run,
+        folder=fits[0][0],
+    )[1]
+
+
+def submit_fits(
+    fits: Sequence[list[str]],
+    name: str,
+    time: str,
+    nodes: int = 1,
+    gpus: str = "1",
+    tasks: int | None = None,
+    cpus_per_task: int | None = None,
+    mem: str | None = None,
+    partition: str | None = None,
+    account: str | None = None,
+    constraint: str | None = None,
+    save_before: int = 120,
+    setup: str = "",
+    sbatch: str = "",
+    dry_run: bool = False,
+    folder: Path | None = None,
+) -> tuple[str, str]:
+    """Submit one fit as a job, or several as an array.
+
+    Args:
+        fits: Arguments behind ``equifeat fit`` of each.
+        name: Name of the job.
+        time: Time limit of one turn as in SLURM, such as 12:00:00 or 2-00.
+        nodes: Number of nodes of a fit.
+        gpus: GPUs of a node, such as 4 or a100:4; 0 trains on CPUs.
+        tasks: Tasks of a node with --gpus 0; otherwise there is one a GPU.
+        cpus_per_task: CPU cores of a task; without it, one more than the recipe's num_workers.
+        mem: Memory of a node, such as 64G; without it, the cluster's default.
+        partition: Partition of the cluster.
+        account: Account that pays.
+        constraint: Features that the nodes must have.
+        save_before: Seconds before the time limit at which a fit saves and queues again.
+        setup: Shell line that runs before the training, such as "module load cuda".
+        sbatch: Further options of sbatch, as in "--qos=long --mail-type=END".
+        dry_run: Give the batch script only.
+        folder: Where SLURM's own files go, below it in slurm/; the first run's when left out.
+
+    Returns:
+        The job's number (empty for a dry run), and what to print.
+
+    Raises:
+        RecipeError: A recipe or an option is wrong.
+        SubmitError: SLURM is not here, or refuses the job.
+        ModelNameError: A recipe's backbone does not exist.
+        MissingExtraError: submitit is not installed.
+    """
     from equifeat.model.backbone import resolve_name
 
     if nodes < 1:
@@ -133,18 +212,21 @@ def submit_command(
         }.items()
         if value is not None
     }
-    arguments = [word for path in recipe for word in ("--config", str(path))]
-    arguments += [*_words("--fit", fit), "--trainer.num_nodes", str(nodes)]
-    arguments += ["--trainer.devices", str(tasks)]
+    own = ["--trainer.num_nodes", str(nodes), "--trainer.devices", str(tasks)]
     if not gpus:
-        arguments += ["--trainer.accelerator", "cpu"]
-    config = parse_recipe(arguments)
-    resolve_name(config["model"]["backbone"])
-    cpus = config["data"]["num_workers"] + 1 if cpus_per_task is None else cpus_per_task
+        own += ["--trainer.accelerator", "cpu"]
+    runs: list[tuple[Path, list[str]]] = []
+    cpus = 0
+    for words in fits:
+        config = parse_recipe([*words, *own])
+        resolve_name(config["model"]["backbone"])
+        cpus = max(cpus, config["data"]["num_workers"] + 1)
+        runs.append((Path(config["run"]["dir"]), [*words, *own]))
+    cpus = cpus if cpus_per_task is None else cpus_per_task
     if cpus < 1:
         raise RecipeError(f"--cpus-per-task is {cpus}: use at least 1")
     job = Job(
-        name=name or recipe[0].stem,
+        name=name,
         nodes=nodes,
         gpus=gpus,
         tasks=tasks,
@@ -154,26 +236,18 @@ def submit_command(
         setup=setup,
         more=more | _sbatch_options(sbatch),
     )
-    run = Path(config["run"]["dir"])
-    runs = [(run, arguments)]
-    if array_seeds is not None:
-        runs = [
-            (
-                run / f"seed_{seed}",
-                [*arguments, "--seed_everything", str(seed), "--run.dir", f"{run}/seed_{seed}"],
-            )
-            for seed in parse_seeds(array_seeds)
-        ]
+    executor = _executor((folder or runs[0][0]) / "slurm", job)
     if dry_run:
-        return _script(_executor(run / "slurm", job), runs)
+        return "", _script(executor, runs)
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
             raise SubmitError(
                 f"{program} is not on PATH: submit from a login node of a SLURM cluster, or see "
                 "the batch script with --dry-run"
             )
-    numbers, log = _submit(_executor(run / "slurm", job), runs)
-    return _report(job, numbers, [folder for folder, _ in runs], log, Path(config["data"]["views"]))
+    numbers, log = _submit(executor, runs)
+    report = _report(job, numbers, [run for run, _ in runs], log, Path(config["data"]["views"]))
+    return numbers[0].split("_")[0], report
 
 
 def parse_time(text: str) -> int:
@@ -392,7 +466,7 @@ def _report(job: Job, numbers: Sequence[str], runs: Sequence[Path], log: Path, v
     size += f"{'task' if job.tasks == 1 else 'tasks'} each"
     if job.gpus:
         size += f", GPUs of a node: {job.gpus}"
-    array = f", array of {len(runs)} seeds" if len(runs) > 1 else ""
+    array = f", array of {len(runs)} runs" if len(runs) > 1 else ""
     lines = [
         f"submitted job {number} ({size}{array}; {job.minutes} min a turn)",
         *(f"run folder  {run}" for run in runs),

@@ -105,7 +105,8 @@ def test_an_array_has_a_folder_and_a_seed_for_each_run(recipe: Path) -> None:
     assert directives(script)["output"].endswith("/run/slurm/%A_%a_0_log.out")
     runs = [line for line in script.splitlines() if line.startswith("# runs")]
     for seed, line in zip((0, 1, 7), runs, strict=True):
-        assert line.endswith(f"--seed_everything {seed} --run.dir run/seed_{seed}")
+        own = f"--seed_everything {seed} --run.dir run/seed_{seed}"
+        assert line.endswith(f"{own} --trainer.num_nodes 1 --trainer.devices 1")
 
 
 def test_later_files_replace_keys_of_the_recipe(recipe: Path) -> None:
