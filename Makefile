@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cycles test-slurm lint clean
+.PHONY: demo test test-cycles test-slurm lint docs docs-serve clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/equifeat demo --out demo_out
@@ -38,5 +38,12 @@ $(VENV)/.installed-dev: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@ $(VENV)/.installed-demo
 
+# The documentation site, offline: site/index.html
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
+
 clean:
-	rm -rf $(VENV) demo_out .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_out .mypy_cache .ruff_cache .hypothesis site dist build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,13 @@ COMMANDS = {
         "data_prep.check:check_views_command", "find faults in posed views", ("folders",)
     ),
     "pack": Command("data_prep.pack:pack_command", "views to Parquet shards", ("views",)),
+    "recipes": Command(
+        "equifeat.recipe_files:recipes_command", "list or copy the recipes", optional=("names",)
+    ),
     "fit": Command("equifeat.train.cli:main", "finetune from a recipe (LightningCLI)"),
+    "sweep": Command(
+        "equifeat.sweep.command:sweep_command", "a grid of recipes into one table", words=("sweep",)
+    ),
     "submit": Command("equifeat.submit:submit_command", "a recipe to SLURM", ("recipe",)),
     "validate": Command("equifeat.train.cli:main", "loss on held-out pairs (LightningCLI)"),
     "evaluate equivariance": Command(
@@ -76,13 +83,34 @@ COMMANDS = {
         optional=("--meshes",),
         words=("family",),
     ),
-    "features": Command("equifeat.commands:features", "features and PCA of images", ("images",)),
+    "export": Command(
+        "equifeat.export.command:export_command",
+        "a model as timm, PEFT, transformers, ONNX, torch.export, hub",
+        words=("folder",),
+    ),
+    "convert": Command(
+        "equifeat.convert:convert_command", "a checkpoint of 3DCorrEnhance", words=("checkpoint",)
+    ),
+    "features": Command(
+        "equifeat.features.command:features_command",
+        "features of images, folders and videos",
+        ("sources",),
+        optional=("--layers",),
+    ),
+    "radiance-field": Command(
+        "equifeat.downstream.radiance_field:radiance_field_command",
+        "features of a scene for LERF, Feature 3DGS, gsplat",
+        words=("scene",),
+    ),
     "match": Command("equifeat.commands:match", "matches of two images", ("images",)),
 }
 
 _HELP = {
+    "names": "recipes to copy, such as dinov2_base; without any, all are listed",
     "meshes": "mesh files, folders or globs",
     "model": "model folders, timm names, oracle or random; NAME=WHAT[,WHAT] for several seeds",
+    "sources": "images, videos, folders, globs, .txt lists",
+    "layers": "blocks whose tokens are taken, as list indices; -1 is the last",
     "set": "options of the protocol to change, each option=value",
 }
 
@@ -134,11 +162,11 @@ def build_parser(name: str) -> Any:
         parser.add_argument(several, nargs="+", type=kind, help=said, **required)
     for optional in command.optional:
         word = optional.lstrip("-")
-        kind = str if word in ("set", "model") else Path
+        each: type = {"set": str, "model": str, "layers": int}.get(word, Path)
         # written twice, an option takes both lists
         more: dict[str, Any] = {"action": "extend"} if optional.startswith("--") else {}
         said = _HELP.get(word, command.help)
-        parser.add_argument(optional, nargs="*", type=kind, default=[], help=said, **more)
+        parser.add_argument(optional, nargs="*", type=each, default=[], help=said, **more)
     for word in command.words:
         parser.add_argument(word, type=str, help=command.help)
     defaults = inspect.signature(function).parameters
@@ -160,22 +188,6 @@ def build_parser(name: str) -> Any:
 def _load(target: str) -> Any:
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def underscored(word: str) -> str:
-    """Let --eval-meshes be written for --eval_meshes, as shell users expect.
-
-    Args:
-        word: One word of a command line.
-
-    Returns:
-        The word, with underscores in its option's name.
-    """
-    option, equals, value = word.partition("=")
-    # a word with a space in it is a value that only looks like an option
-    if not option.startswith("--") or " " in option:
-        return word
-    return "--" + option[2:].replace("-", "_") + equals + value
 
 
 def run(argv: Sequence[str]) -> None:
@@ -201,6 +213,8 @@ def run(argv: Sequence[str]) -> None:
     if name in ("fit", "validate"):
         _load(COMMANDS[name].target)([name, *rest])
         return
+    from equifeat.options import underscored
+
     values = build_parser(name).parse_args([underscored(word) for word in rest]).as_dict()
     if COMMANDS[name].task:
         values |= {"task": COMMANDS[name].task, "changes": values.pop("set")}
@@ -213,9 +227,13 @@ def main() -> None:
     """Entry point of the ``equifeat`` script: errors are one sentence and a non-zero exit."""
     try:
         run(sys.argv[1:])
+        sys.stdout.flush()
     except EquifeatError as error:
         print(f"equifeat: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        # the reader, such as head, has seen enough; Python would complain at exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("equifeat: interrupted", file=sys.stderr)
         sys.exit(130)

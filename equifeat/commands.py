@@ -1,4 +1,4 @@
-"""What the features, match and procedural commands do."""
+"""What the match and procedural commands do."""
 
 from __future__ import annotations
 
@@ -8,78 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_prep.procedural import write_procedural
 from equifeat.data.images import read_image
+from equifeat.downstream.transfer import TransferOptions, transfer
 from equifeat.errors import KeypointError, RecipeError
-from equifeat.eval.matching import mutual_nearest, nearest
+from equifeat.eval.matching import mutual_nearest
 from equifeat.eval.models import open_model
 from equifeat.files import atomic_file
 from equifeat.geometry.pixels import inside, patch_centers
 from equifeat.model.extractor import FeatureExtractor
 from equifeat.model.feature_map import FeatureMap
-from equifeat.progress import progress
-from equifeat.viz import match_picture, pca_rgb, save_png
-
-# Candidates for keypoints lie this many pixels of the target image apart.
-_CANDIDATE_STRIDE = 4
-
-
-def features(
-    images: Sequence[Path],
-    model: str,
-    out: Path,
-    weights: str = "auto",
-    resolution: int | None = None,
-    device: str = "cpu",
-) -> str:
-    """Write the features of images as npz files and a picture of their principal components.
-
-    Args:
-        images: Image files.
-        model: A model folder or the name of a timm ViT.
-        out: Folder for NAME.npz (features (D, h, w), size_hw, stride) and NAME_pca.png.
-        weights: Weights of a raw model: auto, hub, packaged, random or a file.
-        resolution: Patches on the longer side of the model's input; the image's own size when None.
-        device: Device of the model.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ImageError: A file is not an image; nothing is written then.
-        RecipeError: Two images have one name.
-    """
-    names = [path.stem for path in images]
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError(f"two images are named {name!r}: run them with different --out")
-    pixels = [read_image(path) for path in images]
-    extractor = open_model(model, weights, device)
-    maps = []
-    for path, image in progress(list(zip(images, pixels, strict=True)), "features"):
-        found = _dense(extractor, image, resolution)
-        maps.append(found)
-        with atomic_file(out / f"{path.stem}.npz") as temporary:
-            np.savez_compressed(
-                temporary,
-                features=found.features[0].cpu().numpy(),
-                size_hw=np.array(found.size_hw),
-                stride_yx=np.array(found.stride),
-                model=np.array(model),
-            )
-    # One basis for all images, so that equal colours mean equal features.
-    flat = torch.cat([m.features[0].flatten(1) for m in maps], dim=1)[None, :, None]
-    sizes = [m.grid_hw[0] * m.grid_hw[1] for m in maps]
-    colors = torch.split(pca_rgb(flat)[0, 0], sizes)
-    for path, color, found in zip(images, colors, maps, strict=True):
-        rgb = (color.reshape(*found.grid_hw, 3) * 255).round().byte().numpy()
-        height, width = found.size_hw
-        picture = Image.fromarray(rgb).resize((width, height), Image.Resampling.NEAREST)
-        save_png(picture, out / f"{path.stem}_pca.png")
-    return f"wrote {len(images)} npz files and {len(images)} pictures to {out}"
+from equifeat.viz import match_picture, save_png
 
 
 def _dense(extractor: FeatureExtractor, image: Tensor, resolution: int | None) -> FeatureMap:
@@ -122,11 +63,11 @@ def match(
     if len(images) != 2:
         raise RecipeError(f"equifeat match takes two images, not {len(images)}")
     image0, image1 = (read_image(path) for path in images)
-    size0, size1 = ((i.shape[1], i.shape[2]) for i in (image0, image1))
+    size0 = (int(image0.shape[1]), int(image0.shape[2]))
     asked = None if keypoints is None else read_keypoints(keypoints, size0)
     extractor = open_model(model, weights, device)
-    map0, map1 = (_dense(extractor, image, resolution) for image in (image0, image1))
     if asked is None:
+        map0, map1 = (_dense(extractor, image, resolution) for image in (image0, image1))
         xy0, d0 = _grid(map0, map0.grid_hw)
         xy1, d1 = _grid(map1, map1.grid_hw)
         found = mutual_nearest(d0, d1)
@@ -134,13 +75,8 @@ def match(
         xy0, xy1 = xy0[keep], xy1[found.matches0[keep]]
         similarity, mutual = found.similarity[keep], torch.ones(len(xy0), dtype=torch.bool)
     else:
-        xy0 = asked
-        fine0, back = _grid(map0, _fine(size0))
-        fine1, d1 = _grid(map1, _fine(size1))
-        found = nearest(map0.sample(xy0[None].to(device))[0].cpu(), d1)
-        xy1, similarity = fine1[found.matches0], found.similarity
-        returned = fine0[nearest(d1[found.matches0], back).matches0]
-        mutual = (returned - xy0).norm(dim=-1) <= max(map0.stride)
+        options = TransferOptions(resolution=resolution, method="nearest")
+        xy0, (xy1, similarity, mutual) = asked, transfer(extractor, image0, asked, image1, options)
     with atomic_file(out / "matches.npz") as temporary:
         np.savez_compressed(
             temporary,
@@ -164,10 +100,6 @@ def match(
     )
     save_png(picture, out / "matches.png")
     return f"{len(xy0)} matches, {int(mutual.sum())} mutual: {out}/matches.npz, {out}/matches.png"
-
-
-def _fine(size_hw: tuple[int, int]) -> tuple[int, int]:
-    return max(1, size_hw[0] // _CANDIDATE_STRIDE), max(1, size_hw[1] // _CANDIDATE_STRIDE)
 
 
 def _grid(found: FeatureMap, grid_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:

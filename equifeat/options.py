@@ -58,3 +58,19 @@ class OneSentence:
 
 class OptionParser(OneSentence, ArgumentParser):
     """The parser of every command but fit and validate, which are Lightning's own."""
+
+
+def underscored(word: str) -> str:
+    """Let --eval-meshes be written for --eval_meshes, as shell users expect.
+
+    Args:
+        word: One word of a command line.
+
+    Returns:
+        The word, with underscores in its option's name.
+    """
+    option, equals, value = word.partition("=")
+    # a word with a space in it is a value that only looks like an option
+    if not option.startswith("--") or " " in option:
+        return word
+    return "--" + option[2:].replace("-", "_") + equals + value

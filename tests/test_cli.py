@@ -127,13 +127,17 @@ def test_fixtures_are_checked_as_data_sets_are(
 def test_features_writes_npz_and_pictures(tmp_path: Path, views: Path) -> None:
     images = [str(views / "box" / f"color_00000{i}.png") for i in (0, 1)]
     out = tmp_path / "out"
-    run(["features", *images, "--model", MODEL, "--weights", "random", "--out", str(out)])
-    data = np.load(out / "color_000000.npz", allow_pickle=False)
+    options = ["--model", MODEL, "--weights", "random", "--device", "cpu", "--workers", "0"]
+    run(["features", *images, *options, "--out", str(out), "--pca"])
+    data = np.load(out / "color_000000.png.npz", allow_pickle=False)
     assert data["features"].shape == (64, 6, 6)
     assert data["size_hw"].tolist() == [96, 96]
-    with Image.open(out / "color_000001_pca.png") as picture:
+    with Image.open(out / "color_000001.png_pca.png") as picture:
         assert picture.size == (96, 96)
-    assert len(list(out.iterdir())) == 4
+    lists = {".lock", "index.json", "items.jsonl", "pca.safetensors"}
+    assert {path.name for path in out.iterdir()} - lists == {
+        f"color_00000{i}.png{end}" for i in (0, 1) for end in (".npz", "_pca.png")
+    }
 
 
 def test_match_of_an_image_with_itself_is_the_identity(tmp_path: Path, views: Path) -> None:
@@ -168,7 +172,7 @@ def test_match_of_an_image_with_itself_is_the_identity(tmp_path: Path, views: Pa
         (["features", "nowhere.png", "--model", MODEL, "--out", "OUT"], r"nowhere\.png: no such"),
         (["features", "IMAGE", "--model", "vit_smal", "--out", "OUT"], r"vit_smal.*Did you mean"),
         (["features", "IMAGE", "--model", "./no_folder", "--out", "OUT"], "not a model folder"),
-        (["features", "IMAGE", "IMAGE", "--model", MODEL, "--out", "OUT"], "two images are named"),
+        (["features", "IMAGE", "--model", MODEL, "--out", "OUT", "--format", "npy"], "mean npz"),
         (["features", "IMAGE", "--modle", MODEL, "--out", "OUT"], r"modle.*model"),
         (["match", "IMAGE", "--model", MODEL, "--out", "OUT"], "two images, not 1"),
         (["render", "nowhere.glb", "--out", "OUT"], r"nowhere\.glb"),

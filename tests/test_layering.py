@@ -13,7 +13,16 @@ from tests.helpers import ROOT
 FILES = sorted([*(ROOT / "equifeat").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
 
 # Every module belongs to the first layer whose prefix fits; it may import the layers named.
-BASE = ["errors", "seeding", "_version", "files", "progress"]
+BASE = [
+    "errors",
+    "seeding",
+    "_version",
+    "files",
+    "progress",
+    "image_files",
+    "video_files",
+    "recipe_files",
+]
 SIBLINGS = ["data", "model", "loss", "metrics"]
 MIDDLE = [*BASE, "geometry", *SIBLINGS]
 # What the module is made of; it sees them, they do not see it.
@@ -22,7 +31,7 @@ STEP = [
     for name in ("objective", "negatives", "distributed", "sharded", "precision", "schedule")
 ]
 TRAIN = ["train.module", "train.trunk_cache", "train.callbacks", *STEP]
-UPPER = [*MIDDLE, "checkpoint", *TRAIN]
+UPPER = [*MIDDLE, "checkpoint", "hub", *TRAIN]
 DRAW = ["draw", "draw_matches"]
 TOP = [*UPPER, "eval", "options", "train", "export", *DRAW, "viz", "report"]
 ALLOWED: dict[str, list[str]] = {
@@ -31,6 +40,9 @@ ALLOWED: dict[str, list[str]] = {
     "_version": [],
     "files": ["errors"],
     "progress": ["errors"],
+    "image_files": ["errors"],
+    "video_files": ["errors"],
+    "recipe_files": ["errors", "files"],
     "options": ["errors"],
     "geometry": [*BASE, "geometry"],
     "data": [*BASE, "geometry", "data"],
@@ -42,7 +54,7 @@ ALLOWED: dict[str, list[str]] = {
     **{name: [*MIDDLE, "checkpoint", *STEP] for name in STEP},
     "train.trunk_cache": [*UPPER],
     "train.callbacks": [*UPPER],
-    "eval": [*MIDDLE, "checkpoint", "eval", *DRAW],
+    "eval": [*MIDDLE, "checkpoint", "hub", "eval", *DRAW],
     "train.watch": [*UPPER, "eval", "draw", "viz", "train"],
     "train.watch_picture": [*MIDDLE, "eval", "draw", "viz"],
     "train": [*UPPER, "eval", "options", "train"],
@@ -51,20 +63,51 @@ ALLOWED: dict[str, list[str]] = {
     "draw_matches": [*BASE, "geometry", "draw"],
     "viz": [*UPPER, "eval", *DRAW],
     "report": [*BASE, "draw", "viz"],
-    "commands": [*TOP],
+    "hub": [*BASE, "geometry", "model", "checkpoint"],
+    "reference_file": [*BASE, "model"],
+    "reference_checkpoint": [*BASE, "model", "reference_file"],
+    "convert": [*MIDDLE, "checkpoint", "reference_checkpoint", "reference_file"],
+    "downstream": [*MIDDLE, "checkpoint", "eval", *DRAW],
+    "features": [*MIDDLE, "checkpoint", "eval", "options", *DRAW, "viz"],
+    "commands": [*TOP, "downstream"],
     "submit": [*TOP],
     "demo_report": [*TOP],
     "demo": [*TOP, "commands", "demo_report"],
     "eval_report": [*TOP],
     "evaluate": [*TOP, "eval_report"],
+    "sweep": [*TOP, "submit", "evaluate", "sweep"],
     "cli": [*TOP, "commands", "evaluate", "demo"],
-    "": ["_version", "errors", "checkpoint", "model"],  # the package itself: public names
+    "": [
+        "_version",
+        "errors",
+        "checkpoint",
+        "hub",
+        "image_files",
+        "model",
+        "video_files",
+    ],  # the package itself: public names
 }
 # The demo and the command line are the only ones above data_prep.
 ABOVE_DATA_PREP = ("demo", "commands", "evaluate", "cli")
 DATA_PREP_MAY = (*(f"equifeat.{name}" for name in BASE), "equifeat.geometry", "equifeat.options")
 # What reads views: checking, packing and importing captures (docs/adr/005).
 READS_VIEWS = ("data_prep.check", "data_prep.pack", "data_prep.capture")
+# Methods of a model whose work is done above it (docs/adr/017).
+LATE = {
+    "equifeat.model.hub_mixin": {
+        "equifeat.checkpoint",
+        "equifeat.export.hub",
+        "equifeat.hub.pretrained",
+    }
+}
+# Large optional packages, each behind one door.
+IMPORTERS = {
+    "av": ("equifeat.video_files", "equifeat.features.command"),  # which asks for it early
+    "onnxruntime": ("equifeat.export.onnx",),
+    "onnxscript": ("equifeat.export.onnx",),
+    "transformers": ("equifeat.export.transformers",),
+    "zarr": ("equifeat.features",),
+}
 RENDERER_PACKAGES = {"pyrender", "OpenGL", "embreex", "bpy", "mathutils"}
 
 
@@ -83,7 +126,9 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
             assert node.level == 0, "relative import"
             for name in node.names:
                 yield f"{node.module}.{name.name}", node.lineno
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "import_extra")
+        ):
             for argument in node.args[:1]:
                 if isinstance(argument, ast.Constant):
                     yield str(argument.value), node.lineno
@@ -113,6 +158,8 @@ def test_imports_point_down(file: Path) -> None:
     wrong = []
     for name, line in imports(parse(file)):
         where = f"{file.relative_to(ROOT)}:{line} imports {name}"
+        if name in LATE.get(module, ()):
+            continue
         to, _, target = name.partition(".")
         may = (*DATA_PREP_MAY, "equifeat.data") if module.startswith(READS_VIEWS) else DATA_PREP_MAY
         if package == "data_prep" and to == "equifeat" and not name.startswith(may):
@@ -138,6 +185,8 @@ def test_packages_have_one_importer(file: Path) -> None:
             assert module == "equifeat.model.backbone", f"{where}: timm is for model/backbone.py"
         if top == "peft":
             assert module == "equifeat.model.adapter", f"{where}: peft is for model/adapter.py"
+        if top in IMPORTERS:
+            assert module.startswith(IMPORTERS[top]), f"{where}: {top} is for {IMPORTERS[top]}"
         if top in RENDERER_PACKAGES:
             assert module.startswith("data_prep.renderers"), f"{where}: {top} is for renderers/"
         if top == "trimesh":
