@@ -114,7 +114,7 @@ def axes_matrix(axes: str) -> Array:
 
 
 def axes_code(matrix: Array) -> str:
-    """Name axes, the inverse of :func:`axes_matrix`.
+    """Name axes, the inverse of `axes_matrix`.
 
     Args:
         matrix: (3, 3) signed permutation.

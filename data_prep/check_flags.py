@@ -53,7 +53,7 @@ def inspect_view(view: View, options: FlagOptions) -> ViewFacts:
         options: Limits.
 
     Returns:
-        Its facts; duplicates are found by :func:`duplicates`.
+        Its facts; duplicates are found by `duplicates`.
     """
     flags = []
     mask, depth, image = view.mask, view.depth, view.image

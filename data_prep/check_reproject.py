@@ -67,7 +67,7 @@ def thinned_intrinsics(K: Array, step: int) -> Array:
 
     Args:
         K: (..., 3, 3).
-        step: See :class:`Surface`.
+        step: See `Surface`.
 
     Returns:
         (..., 3, 3).
@@ -139,7 +139,7 @@ def score(found: Array, noise: float, ceiling: float | None = None) -> list[Scor
     """Sum up residuals of several pairs of views.
 
     Args:
-        found: (H, N) of :func:`residuals`.
+        found: (H, N) of `residuals`.
         noise: Standard deviation of the residuals that the sensor's noise alone makes.
         ceiling: Where the cost clips residuals, CEILING when None.
 
@@ -165,10 +165,10 @@ def score(found: Array, noise: float, ceiling: float | None = None) -> list[Scor
 
 
 def costs(found: Array, ceiling: float | None = None) -> Array:
-    """Return only the costs of :func:`score`.
+    """Return only the costs of `score`.
 
     Args:
-        found: (H, N) of :func:`residuals`.
+        found: (H, N) of `residuals`.
         ceiling: See there.
 
     Returns:

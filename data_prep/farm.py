@@ -137,20 +137,20 @@ class HereEngine:
         self._left: deque[tuple[TaskFunction, Task]] = deque()
 
     def slots(self) -> int:
-        """See :class:`Engine`."""
+        """See `Engine`."""
         return 1
 
     def submit(self, function: TaskFunction, task: Task) -> None:
-        """See :class:`Engine`."""
+        """See `Engine`."""
         self._left.append((function, task))
 
     def wait(self) -> list[tuple[Task, Reply]]:
-        """See :class:`Engine`."""
+        """See `Engine`."""
         function, task = self._left.popleft()
         return [(task, guarded(function, task.payload))]
 
     def close(self) -> None:
-        """See :class:`Engine`."""
+        """See `Engine`."""
 
 
 def open_engine(options: FarmOptions, gpus: bool = False) -> Engine:

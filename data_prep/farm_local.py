@@ -127,7 +127,7 @@ class LocalWorker:
 
 
 class LocalEngine:
-    """See :class:`data_prep.farm.Engine`.
+    """See `data_prep.farm.Engine`.
 
     Args:
         workers: Number of processes.
@@ -143,20 +143,20 @@ class LocalEngine:
         self._running: dict[Future[Reply], Task] = {}
 
     def slots(self) -> int:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         return len(self._all)
 
     def submit(self, function: TaskFunction, task: Task) -> None:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         self._running[self._threads.submit(self._run, function, task)] = task
 
     def wait(self) -> list[tuple[Task, Reply]]:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         done, _ = wait_for(self._running, return_when=FIRST_COMPLETED)
         return [(self._running.pop(future), future.result()) for future in done]
 
     def close(self) -> None:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._all:
             worker.close()

@@ -44,7 +44,7 @@ def run_on_node(function: TaskFunction, payload: Any, limits: Limits) -> Reply:
 
 
 class RayEngine:
-    """See :class:`data_prep.farm.Engine`.
+    """See `data_prep.farm.Engine`.
 
     Args:
         workers: Most tasks at once, None for as many as the cluster has cores.
@@ -80,16 +80,16 @@ class RayEngine:
         self._running: dict[Any, Task] = {}
 
     def slots(self) -> int:
-        """See :class:`data_prep.farm.Engine`; it follows nodes that come and go."""
+        """See `data_prep.farm.Engine`; it follows nodes that come and go."""
         cores = int(self._ray.cluster_resources().get("CPU", 1))
         return max(1, cores if self._workers is None else min(cores, self._workers))
 
     def submit(self, function: TaskFunction, task: Task) -> None:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         self._running[self._remote(function, task.payload, self._limits)] = task
 
     def wait(self) -> list[tuple[Task, Reply]]:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         done, _ = self._ray.wait(list(self._running), num_returns=1)
         ended = []
         for reference in done:
@@ -104,7 +104,7 @@ class RayEngine:
         return ended
 
     def close(self) -> None:
-        """See :class:`data_prep.farm.Engine`."""
+        """See `data_prep.farm.Engine`."""
         for reference in self._running:
             self._ray.cancel(reference, force=True)
         self._running.clear()

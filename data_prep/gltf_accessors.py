@@ -26,7 +26,7 @@ class AccessorReader:
     Args:
         path: For messages.
         header: The glTF header.
-        buffers: From :func:`data_prep.gltf_guard.read_container`.
+        buffers: From `data_prep.gltf_guard.read_container`.
         budget: Accounts for every number before it is decoded.
     """
 

@@ -191,7 +191,7 @@ def local_bytes(path: Path, uri: str, budget: Budget) -> bytes:
         Its content.
 
     Raises:
-        MeshError: See :func:`local_file`; or it cannot be read, or is too large.
+        MeshError: See `local_file`; or it cannot be read, or is too large.
     """
     target = local_file(path, uri)
     try:
@@ -213,7 +213,7 @@ def resolve_uri(path: Path, uri: Any, budget: Budget) -> bytes:
         The bytes.
 
     Raises:
-        MeshError: See :func:`local_bytes`; or the data URI is damaged.
+        MeshError: See `local_bytes`; or the data URI is damaged.
     """
     if not isinstance(uri, str):
         raise MeshError(f"{path}: a URI is {uri!r:.40}, which cannot be; the file is damaged")

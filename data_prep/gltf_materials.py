@@ -25,7 +25,7 @@ class Material:
     """What of a material a primitive needs.
 
     Attributes:
-        options: Fields of :class:`data_prep.primitives.Primitive`.
+        options: Fields of `data_prep.primitives.Primitive`.
         texture: (H, W, 4) uint8 or None.
         uv_set: Name of the attribute with the texture's coordinates.
         uv_matrix: (2, 2) and (2,): uv becomes matrix @ uv + offset.

@@ -1,6 +1,6 @@
-"""A mesh file to a :class:`Mesh`: world transforms baked, longest side 1, centred at the origin.
+"""A mesh file to a `Mesh`: world transforms baked, longest side 1, centred at the origin.
 
-The files are read by :mod:`data_prep.gltf`, :mod:`data_prep.obj` and :mod:`data_prep.ply`, which
+The files are read by `data_prep.gltf`, `data_prep.obj` and `data_prep.ply`, which
 trust nothing in them and drop nothing in silence.
 """
 
@@ -44,7 +44,7 @@ def load_mesh(path: str | Path, limits: MeshLimits | None = None) -> Mesh:
 
     Args:
         path: The file. Everything it refers to must lie in its own folder or below.
-        limits: What is too large; by default :class:`MeshLimits`.
+        limits: What is too large; by default `MeshLimits`.
 
     Returns:
         The mesh: scene graph applied in float64, centred, longest bounding-box side 1.
@@ -72,13 +72,13 @@ def mesh_from_bytes(path: Path, data: bytes, limits: MeshLimits | None = None) -
     Args:
         path: Gives the name, the format, and the folder of what the bytes refer to.
         data: The file's content.
-        limits: What is too large; by default :class:`MeshLimits`.
+        limits: What is too large; by default `MeshLimits`.
 
     Returns:
         The mesh.
 
     Raises:
-        MeshError: See :func:`load_mesh`.
+        MeshError: See `load_mesh`.
     """
     if not data:
         raise MeshError(f"{path}: the file is empty (0 bytes)")

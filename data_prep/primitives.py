@@ -102,7 +102,7 @@ class Mesh:
 
     @property
     def faces(self) -> Array:
-        """(F, 3) rows of :attr:`vertices`, the triangles of all primitives."""
+        """(F, 3) rows of `vertices`, the triangles of all primitives."""
         starts = np.cumsum([0, *(len(p.vertices) for p in self.primitives[:-1])])
         return np.concatenate(
             [p.faces + start for p, start in zip(self.primitives, starts, strict=True)]

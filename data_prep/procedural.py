@@ -32,7 +32,7 @@ def make_object(seed: int) -> Mesh:
         seed: From 0; other seeds give other shapes, textures and arrangements.
 
     Returns:
-        The mesh, read back from the very GLB bytes that :func:`write_procedural` writes.
+        The mesh, read back from the very GLB bytes that `write_procedural` writes.
     """
     return mesh_from_bytes(Path(f"{object_name(seed)}.glb"), _glb(seed))
 

@@ -40,7 +40,7 @@ def find_meshes(paths: Sequence[str | Path]) -> list[Path]:
     """Expand files, folders, patterns and lists to mesh files.
 
     Args:
-        paths: See :func:`data_prep.mesh_files.find_objects`.
+        paths: See `data_prep.mesh_files.find_objects`.
 
     Returns:
         Files, in the order given; those of a folder are sorted.

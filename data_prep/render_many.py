@@ -74,7 +74,7 @@ def open_run(
     renderer: RendererName = "auto",
     farm: FarmOptions | None = None,
 ) -> Iterator[RenderRun]:
-    """Open workers and manifest for :func:`render_many`.
+    """Open workers and manifest for `render_many`.
 
     Args:
         meshes: Mesh files, whose stems name the objects, or file by object name.

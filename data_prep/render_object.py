@@ -91,7 +91,7 @@ def render_or_skip(
     name: str | None = None,
     watch: Stopwatch | None = None,
 ) -> tuple[Path, bool]:
-    """Do what :func:`render_object` does and tell whether there was anything to do.
+    """Do what `render_object` does and tell whether there was anything to do.
 
     Args:
         mesh: A mesh, or a file to load.

@@ -67,7 +67,7 @@ def depth_step(max_depth: float) -> float:
 class ViewFolderWriter:
     """Writes an object to a hidden folder of the same file system and renames it at the end.
 
-    Use it as a context manager: an exception or a missing :meth:`finish` leaves nothing behind.
+    Use it as a context manager: an exception or a missing `finish` leaves nothing behind.
     What a killed run left is removed by the next one on the same machine.
 
     Args:

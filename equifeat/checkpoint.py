@@ -53,7 +53,7 @@ def save_model(
         folder: Where to write. An older model folder there is replaced.
         recipe: How the model was trained, kept in config.json; anything JSON can hold. None for
             what a loaded model had.
-        card: Facts for the model card, see :func:`equifeat.model.card.model_card`.
+        card: Facts for the model card, see `equifeat.model.card.model_card`.
 
     Returns:
         The folder.
@@ -92,7 +92,7 @@ def load_model(
     """Read a model folder, strictly: every tensor must fit, and the backbone be the same.
 
     Args:
-        folder: What :func:`save_model` wrote.
+        folder: What `save_model` wrote.
         device: Where to put the model.
         weights: Another place to take the backbone's weights from: "hub", "packaged" or a file.
         backbone: A backbone already loaded, to be shared.
@@ -150,7 +150,7 @@ def trainable_state(extractor: FeatureExtractor) -> dict[str, Tensor]:
 
 
 def load_trainable_state(extractor: FeatureExtractor, state: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`trainable_state` returned, strictly.
+    """Put back what `trainable_state` returned, strictly.
 
     Args:
         extractor: A model built with the same options.

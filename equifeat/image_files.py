@@ -53,7 +53,7 @@ def read_image(path: str | Path) -> Float[Tensor, "3 h w"]:
 
 
 def read_pixels(path: str | Path) -> Tensor:
-    """Read an image as :func:`read_image` does, but leave 8-bit images in uint8.
+    """Read an image as `read_image` does, but leave 8-bit images in uint8.
 
     Args:
         path: Image file.
@@ -62,7 +62,7 @@ def read_pixels(path: str | Path) -> Tensor:
         (3, H, W) RGB: uint8, or float32 in [0, 1] for a file of one channel wider than 8 bits.
 
     Raises:
-        ImageError: As for :func:`read_image`.
+        ImageError: As for `read_image`.
     """
     path = Path(path)
     if not path.is_file():

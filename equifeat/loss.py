@@ -246,19 +246,19 @@ def smooth_ap_terms(
     chunk: int | None = None,
     extra: ExtraNegatives | None = None,
 ) -> SmoothAPTerms:
-    """:func:`smooth_ap` with the numbers that are logged beside it.
+    """`smooth_ap` with the numbers that are logged beside it.
 
     Args:
-        descriptors0: See :func:`smooth_ap`.
-        descriptors1: See :func:`smooth_ap`.
-        points3d0: See :func:`smooth_ap`.
-        points3d1: See :func:`smooth_ap`.
-        tau: See :func:`smooth_ap`.
-        pos_radius: See :func:`smooth_ap`.
-        neg_radius: See :func:`smooth_ap`.
-        variant: See :func:`smooth_ap`.
-        chunk: See :func:`smooth_ap`.
-        extra: See :func:`smooth_ap`.
+        descriptors0: See `smooth_ap`.
+        descriptors1: See `smooth_ap`.
+        points3d0: See `smooth_ap`.
+        points3d1: See `smooth_ap`.
+        tau: See `smooth_ap`.
+        pos_radius: See `smooth_ap`.
+        neg_radius: See `smooth_ap`.
+        variant: See `smooth_ap`.
+        chunk: See `smooth_ap`.
+        extra: See `smooth_ap`.
 
     Returns:
         The loss, the number of positives, and detached mean AP and top-1 share.

@@ -62,7 +62,7 @@ def reference_position(name: str) -> str:
         name: timm's name.
 
     Returns:
-        "reference" or "timm", see :class:`equifeat.model.backbone.Backbone`.
+        "reference" or "timm", see `equifeat.model.backbone.Backbone`.
     """
     return "reference" if "patch14_dinov2" in name else "timm"
 

@@ -149,7 +149,7 @@ def open_renderer(name: str, mesh: Mesh, cycles: CyclesOptions | None = None) ->
         The renderer; close it after use.
 
     Raises:
-        RenderError: See :func:`choose_renderer`.
+        RenderError: See `choose_renderer`.
     """
     chosen = choose_renderer(name, cycles).name
     if chosen == "cycles":

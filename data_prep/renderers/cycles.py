@@ -218,7 +218,7 @@ class CyclesRenderer:
         normals: bool = False,
         lights: Lights = FIXED_LIGHT,
     ) -> Rendered:
-        """See :class:`data_prep.renderers.Renderer`."""
+        """See `data_prep.renderers.Renderer`."""
         K, pose = np.asarray(K, np.float64), np.asarray(cam_from_world, np.float64)
         color = np.zeros((*size_hw, 4), np.uint8)
         depth = np.zeros(size_hw, np.float32)

@@ -19,7 +19,7 @@ _LAST_WORDS = 400
 
 
 class WorkerProcess:
-    """Starts a command that speaks :mod:`data_prep.renderers.cycles_protocol`.
+    """Starts a command that speaks `data_prep.renderers.cycles_protocol`.
 
     What it writes to standard error is kept for the error message. It is killed when it does not
     answer in time, and it can be used no more after any failure but an answer that says no.

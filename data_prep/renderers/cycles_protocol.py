@@ -39,7 +39,7 @@ def write_message(stream: IO[bytes], header: dict[str, Any], arrays: dict[str, A
 
 
 def read_message(stream: IO[bytes]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Read what :func:`write_message` wrote.
+    """Read what `write_message` wrote.
 
     Args:
         stream: An open binary stream.

@@ -1,6 +1,6 @@
 """Blender with one object in it. Runs in the worker of the cycles renderer only.
 
-The standard library, NumPy and bpy only: see :mod:`data_prep.renderers.cycles_worker`.
+The standard library, NumPy and bpy only: see `data_prep.renderers.cycles_worker`.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class EmbreeRenderer:
         normals: bool = False,
         lights: Lights = FIXED_LIGHT,
     ) -> Rendered:
-        """See :class:`data_prep.renderers.Renderer`."""
+        """See `data_prep.renderers.Renderer`."""
         h, w = size_hw
         K, pose = np.asarray(K, np.float64), np.asarray(cam_from_world, np.float64)
         x0, y0, x1, y1 = projected_window(self._vertices, K, pose, size_hw)
@@ -200,7 +200,7 @@ class EmbreeRenderer:
         return _Hits(ray, face, bary.astype(np.float32), depth)
 
     def _see_through(self, hits: _Hits) -> Array:
-        """Test the alpha policy of :attr:`data_prep.mesh.Primitive.cutoff`."""
+        """Test the alpha policy of `data_prep.mesh.Primitive.cutoff`."""
         part = self._part[hits.face]
         hidden = np.zeros(len(part), bool)
         test = np.flatnonzero(self._cutoff[part] > 0)

@@ -27,7 +27,7 @@ class Lights:
     Attributes:
         ambient: (3,) RGB.
         places: (k, 4) homogeneous, in object coordinates: a direction (unit vector, 0) or a point
-            (x, y, z, 1). At most :data:`MAX_LIGHTS`.
+            (x, y, z, 1). At most `MAX_LIGHTS`.
         colors: (k, 3) RGB.
         head: RGB of the light at the camera, (3,).
         sky: (3, 3) RGB of the environment overhead, at the horizon and below, about 1 on average.

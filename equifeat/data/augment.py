@@ -303,7 +303,7 @@ def augment_view(
         camera: Intrinsics.
         keypoints: (N, 2) pixels of the image.
         augment: What may happen, or None for the background only.
-        background: See :func:`draw_background`.
+        background: See `draw_background`.
         rng: Source of every random number.
 
     Returns:

@@ -87,7 +87,7 @@ class BadjaVideos:
         """Return one video.
 
         Args:
-            name: One of :attr:`names`.
+            name: One of `names`.
 
         Returns:
             Its annotated frames.

@@ -80,7 +80,7 @@ class ColmapCamera:
         return rays * self.K[[0, 1], [0, 1]] + self.K[:2, 2]
 
     def distort(self, xy: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
-        """Invert :meth:`undistort`.
+        """Invert `undistort`.
 
         Args:
             xy: (N, 2) pixels of the pinhole picture.

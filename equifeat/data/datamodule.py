@@ -91,7 +91,7 @@ class DrawSampler(DistributedSampler[int]):
         """Go on where another run stopped.
 
         Args:
-            state: What :meth:`state_dict` gave.
+            state: What `state_dict` gave.
         """
         self._base_batch, self._base_draw = state["batches"], state["draws"]
 
@@ -133,7 +133,7 @@ class DrawLoader(DataLoader[Pair]):
         """Return the sampler's state; Lightning saves it in the checkpoint.
 
         Returns:
-            See :meth:`DrawSampler.state_dict`.
+            See `DrawSampler.state_dict`.
         """
         assert isinstance(self.sampler, DrawSampler)
         return self.sampler.state_dict()
@@ -142,7 +142,7 @@ class DrawLoader(DataLoader[Pair]):
         """Restore the sampler; Lightning calls this before the first batch of a resumed run.
 
         Args:
-            state: What :meth:`state_dict` gave.
+            state: What `state_dict` gave.
         """
         assert isinstance(self.sampler, DrawSampler)
         self.sampler.load_state_dict(state)

@@ -57,7 +57,7 @@ def read_planes(root: Path, layout: Layout, large: bool = True) -> list[PlanePai
     Args:
         root: Folder of the sequences, or one sequence.
         layout: Names of the files.
-        large: Whether the 8 sequences of :data:`LARGE` are read.
+        large: Whether the 8 sequences of `LARGE` are read.
 
     Returns:
         Five pairs a sequence, sequences by name.

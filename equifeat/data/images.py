@@ -1,4 +1,4 @@
-"""Photographs as the data layer reads them; :mod:`equifeat.image_files` does it."""
+"""Photographs as the data layer reads them; `equifeat.image_files` does it."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def read_navi(root: Path, collection: Collection = "wild_set") -> dict[tuple[str
         collection: Which sets are read: "wild_set", or all whose name starts with "multiview".
 
     Returns:
-        By object and set, the list of its :class:`NaviView`, both in the order of names.
+        By object and set, the list of its `NaviView`, both in the order of names.
 
     Raises:
         EvalDataError: There is none, or annotations are not in the format.
@@ -101,7 +101,7 @@ def navi_pairs(
     """Draw another photograph of its set to each photograph, and keep some of the pairs.
 
     Args:
-        sets: From :func:`read_navi`.
+        sets: From `read_navi`.
         max_angle: Largest angle of the rotation between the two, in degrees.
         every: Every so manieth photograph is kept, after drawing for all.
         seed: Seed. Probe3D draws with a seed of its own, but in the order of os.listdir, so its

@@ -1,6 +1,6 @@
 """The interface every kind of views has; readers inherit from it, users open_views.
 
-Modules that read a layout import this one, :mod:`equifeat.data.views` imports them.
+Modules that read a layout import this one, `equifeat.data.views` imports them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class View(NamedTuple):
 class ObjectViews(ABC):
     """The posed views of one object; pictures are read when asked for.
 
-    A subclass reads the pictures of view i in :meth:`_pictures`. Objects travel to the workers of
+    A subclass reads the pictures of view i in `_pictures`. Objects travel to the workers of
     a DataLoader, so they hold no open file and no picture.
 
     Args:

@@ -108,7 +108,7 @@ def decode(encoded: Encoded, where: str) -> Pictures:
     """Decode the window of a view.
 
     Args:
-        encoded: What :func:`encode` gave.
+        encoded: What `encode` gave.
         where: What messages call it.
 
     Returns:

@@ -104,7 +104,7 @@ class TapVideos:
         """Read one video; the pickle it is in stays in memory until another one is asked for.
 
         Args:
-            name: One of :attr:`names`.
+            name: One of `names`.
 
         Returns:
             The video.

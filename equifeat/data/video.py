@@ -1,4 +1,4 @@
-"""Video files as the data layer reads them; :mod:`equifeat.video_files` does it."""
+"""Video files as the data layer reads them; `equifeat.video_files` does it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class GraspTransfer:
         demonstration: Descriptors of the object or scene it was shown on.
         world_from_gripper: (4, 4) pose of the gripper there.
         points_gripper: (Q, 3) points in the gripper's frame, where it touches and around; see
-            :func:`gripper_points`. In the unit of the clouds.
+            `gripper_points`. In the unit of the clouds.
 
     Raises:
         ViewsError: The pose is no rotation with a translation, or the points are no (Q, 3).
@@ -115,7 +115,7 @@ class GraspTransfer:
         Args:
             target: Descriptors of the target, in the unit of the demonstration.
             poses: (B, 4, 4) world_from_gripper; gradients flow to them.
-            distance_weight: See :class:`GraspOptions`.
+            distance_weight: See `GraspOptions`.
 
         Returns:
             (B,) energies, float64.

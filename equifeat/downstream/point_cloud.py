@@ -66,7 +66,7 @@ class PointDescriptors:
         points: (P, 3) in the world's axes and any unit.
         descriptors: (P, D); normalised here.
         seen: (P,) how many views saw each point.
-        neighbors: See :class:`FuseOptions`.
+        neighbors: See `FuseOptions`.
 
     Attributes:
         points: (P, 3) float64, on the CPU.
@@ -102,9 +102,9 @@ class PointDescriptors:
         """Fuse the features of posed views on the points of a cloud.
 
         Args:
-            model: Anything with ``dense(images, resolution)``, such as :func:`equifeat.load` gives.
-            points: (P, 3) in the world's axes, for example of :func:`cloud_of_views`.
-            views: From :func:`equifeat.downstream.posed_views.posed_views`. A view without depth
+            model: Anything with ``dense(images, resolution)``, such as `equifeat.load` gives.
+            points: (P, 3) in the world's axes, for example of `cloud_of_views`.
+            views: From `equifeat.downstream.posed_views.posed_views`. A view without depth
                 tests visibility by the cloud's own points, coarsely.
             options: How.
 

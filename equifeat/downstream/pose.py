@@ -79,11 +79,11 @@ class PoseFromTemplates:
     """Finds an object that a few posed views with depth show, without training.
 
     Args:
-        model: Anything with ``dense(images, resolution)``, such as :func:`equifeat.load` gives.
+        model: Anything with ``dense(images, resolution)``, such as `equifeat.load` gives.
         options: How.
 
     Attributes:
-        bank: Descriptors and 3D points of the templates, after :meth:`fit`.
+        bank: Descriptors and 3D points of the templates, after `fit`.
     """
 
     def __init__(self, model: Dense, options: PoseOptions | None = None) -> None:
@@ -102,7 +102,7 @@ class PoseFromTemplates:
         """Describe the object from posed views with depth.
 
         Args:
-            images: As in :func:`equifeat.downstream.posed_views.posed_views`, like all others.
+            images: As in `equifeat.downstream.posed_views.posed_views`, like all others.
             depths: z-depth in the unit of the poses.
             K: Intrinsics.
             cam_from_world: Poses.
@@ -121,7 +121,7 @@ class PoseFromTemplates:
         """Describe the object from views.
 
         Args:
-            views: For example of :func:`equifeat.downstream.posed_views.views_of_folder`.
+            views: For example of `equifeat.downstream.posed_views.views_of_folder`.
 
         Returns:
             Itself.

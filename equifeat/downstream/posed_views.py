@@ -70,7 +70,7 @@ def posed_views(
 
 
 def views_of_folder(folder: str | Path, indices: Sequence[int] | None = None) -> list[View]:
-    """Read the views of one object, in any layout of :func:`equifeat.data.views.open_views`.
+    """Read the views of one object, in any layout of `equifeat.data.views.open_views`.
 
     Args:
         folder: The folder of one object, for example what `equifeat render` wrote.

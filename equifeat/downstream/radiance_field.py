@@ -58,7 +58,7 @@ class SceneOptions:
         normalize: Divide every feature by its L2 norm (before the PCA).
         half: Write float16 instead of float32.
         pca: Channels to keep, by principal components of all images together; None for all.
-        downscale: See :func:`equifeat.downstream.nerf_images.scene_images`.
+        downscale: See `equifeat.downstream.nerf_images.scene_images`.
         train_fraction: Share of the images to take; None for the trainer's own: 0.99 for LERF, else
             all of them.
     """
@@ -91,7 +91,7 @@ def write_scene_features(
             NAME_fmap_CxHxW.pt (D, h, w) for every image, "feature-3dgs-r0" the same for its option
             -r 0, which compares other places; "npy" writes NAME.npy (D, h, w).
         options: Which features, of which images.
-        weights: Weights of a raw ViT, see :func:`equifeat.eval.models.open_model`.
+        weights: Weights of a raw ViT, see `equifeat.eval.models.open_model`.
         device: Device of a model that is opened here.
 
     Returns:

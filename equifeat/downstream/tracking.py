@@ -79,10 +79,10 @@ def track(
 ) -> TrackedPoints:
     """Track points through a video.
 
-    Every frame is matched alone, see :mod:`equifeat.eval.tracker`; no query depends on another one.
+    Every frame is matched alone, see `equifeat.eval.tracker`; no query depends on another one.
 
     Args:
-        model: Anything with ``dense(images, resolution)``, such as :func:`equifeat.load` gives.
+        model: Anything with ``dense(images, resolution)``, such as `equifeat.load` gives.
         frames: A (T, 3, H, W) tensor, any iterable of (3, H, W) tensors, RGB in [0, 1], of one
             size, or a video file.
         queries_xyt: (N, 3) x and y in pixels (the first centre is 0.5) and the frame, from 0.
@@ -143,7 +143,7 @@ def draw_tracks(
 
     Args:
         frames: (3, H, W) frames, RGB in [0, 1].
-        found: What :func:`track` gave.
+        found: What `track` gave.
         shown: Which frames.
         title: Heading.
 

@@ -78,7 +78,7 @@ def transfer(
     """Carry keypoints from one image to another, of the same object or of one like it.
 
     Args:
-        model: Anything with ``dense(images, resolution)``, such as :func:`equifeat.load` gives.
+        model: Anything with ``dense(images, resolution)``, such as `equifeat.load` gives.
         image0: (3, H0, W0) RGB in [0, 1].
         keypoints0: (N, 2) xy in pixels of image 0; the first pixel's centre is (0.5, 0.5).
         image1: (3, H1, W1) RGB in [0, 1].

@@ -47,7 +47,7 @@ class BopData(TaskData):
 
     Args:
         root: Folder of the data.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
         found: By id, the images with the number of instances of each object to be found.
         templates: By object, its templates.
         models: Surfaces, diameters and symmetries.
@@ -126,7 +126,7 @@ class BopData(TaskData):
 
         Args:
             index: Index into ``items``.
-            prediction: What :meth:`predict` gave.
+            prediction: What `predict` gave.
 
         Returns:
             One row for each true instance that counts.
@@ -158,7 +158,7 @@ class BopData(TaskData):
 
         Args:
             index: Index into ``items``.
-            prediction: What :meth:`predict` gave.
+            prediction: What `predict` gave.
 
         Returns:
             The image, with the truth in green and estimates in red.

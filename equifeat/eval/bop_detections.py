@@ -103,7 +103,7 @@ def regions_of(
     Args:
         image: The image.
         instances: Its instances that count, for the true regions.
-        detections: Of :func:`read_detections`, or one of :data:`TRUE_REGIONS`.
+        detections: Of `read_detections`, or one of `TRUE_REGIONS`.
         target: Number of the object, and how many instances are to be found.
 
     Returns:

@@ -89,7 +89,7 @@ def score_object(
         scene: For VSD; without it AR_VSD and AR are NaN.
 
     Returns:
-        For each instance, by name of :data:`METRICS`, the percentage of thresholds it is found at.
+        For each instance, by name of `METRICS`, the percentage of thresholds it is found at.
     """
     truths = [image.objects[i].cam_from_object for i in instances]
     diameter, points = model.info.diameter, model.surface.vertices

@@ -262,20 +262,20 @@ def object_errors(
     budget_bytes: int = DEFAULT_BUDGET,
     device: torch.device | str | None = None,
 ) -> list[PairErrors]:
-    """Match all pairs of one object, as :func:`evaluate_equivariance` does.
+    """Match all pairs of one object, as `evaluate_equivariance` does.
 
     Args:
         model: The model.
         obj: The object.
-        pairs: See :func:`evaluate_equivariance`.
-        points: See :func:`evaluate_equivariance`.
+        pairs: See `evaluate_equivariance`.
+        points: See `evaluate_equivariance`.
         angles_deg: Smallest and largest view change.
-        min_points: See :func:`evaluate_equivariance`.
-        target_stride: See :func:`evaluate_equivariance`.
-        resolution: See :func:`evaluate_equivariance`.
+        min_points: See `evaluate_equivariance`.
+        target_stride: See `evaluate_equivariance`.
+        resolution: See `evaluate_equivariance`.
         seed: Seed of the drawn pairs and points.
-        budget_bytes: See :func:`evaluate_equivariance`.
-        device: See :func:`evaluate_equivariance`.
+        budget_bytes: See `evaluate_equivariance`.
+        device: See `evaluate_equivariance`.
 
     Returns:
         One entry a pair with enough covisible pixels, on the CPU; none for an object without.
@@ -330,18 +330,18 @@ def match_points(
     budget_bytes: int = DEFAULT_BUDGET,
     device: torch.device | str | None = None,
 ) -> dict[str, PairMatches]:
-    """Match points of a pair as :func:`evaluate_equivariance` does, to draw them.
+    """Match points of a pair as `evaluate_equivariance` does, to draw them.
 
     Args:
         models: Models by name.
         obj: The object.
         pair: Indices of view 0 and view 1.
         points: Most points; they are spread evenly over the covisible ones, the same every time.
-        target_stride: See :func:`evaluate_equivariance`.
-        normalizer: See :func:`evaluate_equivariance`.
-        resolution: See :func:`evaluate_equivariance`.
-        budget_bytes: See :func:`evaluate_equivariance`.
-        device: See :func:`evaluate_equivariance`.
+        target_stride: See `evaluate_equivariance`.
+        normalizer: See `evaluate_equivariance`.
+        resolution: See `evaluate_equivariance`.
+        budget_bytes: See `evaluate_equivariance`.
+        device: See `evaluate_equivariance`.
 
     Returns:
         Matches by model, on the CPU.

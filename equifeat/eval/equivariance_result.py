@@ -191,7 +191,7 @@ class EquivarianceResult:
             within: Only pairs of this bin of view change.
 
         Returns:
-            Rows of cells, the header first; its unit and normaliser are in :meth:`caption`.
+            Rows of cells, the header first; its unit and normaliser are in `caption`.
         """
         rows = [["model", *(f"{m} %" for m in self.metrics)]]
         for model in self.models:
@@ -202,7 +202,7 @@ class EquivarianceResult:
         """Return one metric by view change as text, one row a model below a header.
 
         Args:
-            metric: One of :attr:`metrics`.
+            metric: One of `metrics`.
 
         Returns:
             Rows of cells, the header first with the number of pairs of each bin.
@@ -268,7 +268,7 @@ class EquivarianceResult:
 
         Args:
             fmt: "markdown" or "html".
-            cells: Rows with the header first; those of :meth:`cells` when None.
+            cells: Rows with the header first; those of `cells` when None.
 
         Returns:
             The table as text.
@@ -338,7 +338,7 @@ class EquivarianceResult:
 
     @classmethod
     def from_json(cls, text: str) -> EquivarianceResult:
-        """Read what :meth:`to_json` wrote.
+        """Read what `to_json` wrote.
 
         Args:
             text: JSON.

@@ -50,7 +50,7 @@ def open_geometric(root: Path, protocol: Protocol) -> DepthPairs | PlanePairs | 
 
     Args:
         root: Its folder.
-        protocol: One of :data:`GEOMETRIC`'s, perhaps changed.
+        protocol: One of `GEOMETRIC`'s, perhaps changed.
 
     Returns:
         The data.
@@ -75,7 +75,7 @@ def check_geometric(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: Folder of the data set.
-        protocol: One of :data:`GEOMETRIC`'s, perhaps changed.
+        protocol: One of `GEOMETRIC`'s, perhaps changed.
 
     Returns:
         What was found.

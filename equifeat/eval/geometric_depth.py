@@ -146,7 +146,7 @@ class DepthPairs(TaskData):
 
     Args:
         root: Folder of the data set.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
     """
 
     def __init__(self, root: Path, protocol: Protocol) -> None:

@@ -90,7 +90,7 @@ class PlanePairs(TaskData):
 
     Args:
         root: Folder of the sequences.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
     """
 
     def __init__(self, root: Path, protocol: Protocol) -> None:

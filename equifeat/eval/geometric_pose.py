@@ -86,7 +86,7 @@ class PosePairs(TaskData):
 
     Args:
         root: Folder with a list of pairs.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
     """
 
     def __init__(self, root: Path, protocol: Protocol) -> None:

@@ -84,7 +84,7 @@ def mutual_nearest(
         descriptors0: (N, D) L2-normalised descriptors.
         descriptors1: (M, D) L2-normalised descriptors, M ≥ 1.
         budget_bytes: Largest block of the similarity matrix, in bytes.
-        dtype: See :func:`nearest`.
+        dtype: See `nearest`.
 
     Returns:
         matches0 with -1 for none, and similarities.
@@ -175,12 +175,12 @@ def _side(length: int) -> int:
 
 
 def factor(descriptors: Tensor, wide: torch.dtype, dtype: str) -> Tensor:
-    """Return descriptors as they enter :func:`product`.
+    """Return descriptors as they enter `product`.
 
     Args:
         descriptors: (N, D) in any floating type.
         wide: Type of the similarities, float32 or float64.
-        dtype: See :func:`nearest`.
+        dtype: See `nearest`.
 
     Returns:
         (N, D) in the type `wide`, or in bfloat16 where that is fast.
@@ -198,12 +198,12 @@ def factor(descriptors: Tensor, wide: torch.dtype, dtype: str) -> Tensor:
 
 
 def product(descriptors0: Tensor, descriptors1: Tensor, out: Tensor) -> Tensor:
-    """Compute all dot products of what :func:`factor` gave.
+    """Compute all dot products of what `factor` gave.
 
     Args:
         descriptors0: (N, D).
         descriptors1: (M, D).
-        out: (N, M) in the type `wide` of :func:`factor`; overwritten.
+        out: (N, M) in the type `wide` of `factor`; overwritten.
 
     Returns:
         The same (N, M).

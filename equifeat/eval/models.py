@@ -163,8 +163,8 @@ def open_word(word: str, weights: str = "auto", device: str = "cpu") -> OpenMode
     """Open one word of a model spec.
 
     Args:
-        word: See :func:`parse_models`.
-        weights: See :func:`open_model`.
+        word: See `parse_models`.
+        weights: See `open_model`.
         device: Device of the model.
 
     Returns:

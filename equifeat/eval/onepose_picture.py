@@ -48,7 +48,7 @@ def box_picture(
     Args:
         image: (3, H, W) RGB in [0, 1].
         camera: Of the picture.
-        corners: (8, 3) of :func:`box_corners`, in the object's axes.
+        corners: (8, 3) of `box_corners`, in the object's axes.
         true: (4, 4) true pose.
         found: (4, 4) estimated pose, if there is one.
         title: One line above.

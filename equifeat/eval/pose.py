@@ -14,7 +14,7 @@ def open_pose(root: Path, protocol: Protocol) -> TaskData:
 
     Args:
         root: Folder of the data set.
-        protocol: One of :data:`POSE`'s, perhaps changed.
+        protocol: One of `POSE`'s, perhaps changed.
 
     Returns:
         The data.
@@ -33,7 +33,7 @@ def check_pose(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: Folder of the data set.
-        protocol: One of :data:`POSE`'s, perhaps changed.
+        protocol: One of `POSE`'s, perhaps changed.
 
     Returns:
         What was found.

@@ -32,7 +32,7 @@ def open_bop(root: Path, protocol: Protocol) -> BopData:
 
     Args:
         root: Its folder.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
 
     Returns:
         Its test images, and templates of the objects in them.
@@ -69,7 +69,7 @@ def check_bop(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: Its folder.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
 
     Returns:
         Counts and problems.

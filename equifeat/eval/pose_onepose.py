@@ -49,7 +49,7 @@ class OnePoseData(TaskData):
 
     Args:
         root: Folder of the data set.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
         objects: What is to be found.
         queries: By object, its query frames.
         digest: Hash of the data.
@@ -118,7 +118,7 @@ class OnePoseData(TaskData):
 
         Args:
             index: Index into ``items``.
-            prediction: What :meth:`predict` gave.
+            prediction: What `predict` gave.
 
         Returns:
             One row: 100 or 0 for each threshold; ADD is NaN for objects without a scanned surface.
@@ -141,7 +141,7 @@ class OnePoseData(TaskData):
 
         Args:
             index: Index into ``items``.
-            prediction: What :meth:`predict` gave.
+            prediction: What `predict` gave.
 
         Returns:
             The frame, with the truth in green and the estimate in red.
@@ -205,7 +205,7 @@ def open_onepose(root: Path, protocol: Protocol) -> OnePoseData:
 
     Args:
         root: Folder with lowtexture_test_data and sfm_output.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
 
     Returns:
         Its query frames.
@@ -249,7 +249,7 @@ def check_onepose(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: Folder with lowtexture_test_data and sfm_output.
-        protocol: One of :data:`PROTOCOLS`, perhaps changed.
+        protocol: One of `PROTOCOLS`, perhaps changed.
 
     Returns:
         Counts and problems; damaged annotations are among the problems.

@@ -112,7 +112,7 @@ class Protocol:
         return plain
 
     def digest(self) -> str:
-        """Return the identity of :meth:`record`.
+        """Return the identity of `record`.
 
         Returns:
             The SHA-256 of its canonical JSON, 64 hexadecimal digits.

@@ -65,7 +65,7 @@ def from_json(text: str) -> Results:
     """Read results.
 
     Args:
-        text: What :func:`to_json` gave.
+        text: What `to_json` gave.
 
     Returns:
         The results, without pictures.

@@ -46,7 +46,7 @@ class Results:
 
     @classmethod
     def from_json(cls, text: str) -> Results:
-        """Read what :meth:`to_json` wrote.
+        """Read what `to_json` wrote.
 
         Args:
             text: JSON.

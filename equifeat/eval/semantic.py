@@ -24,7 +24,7 @@ def open_semantic(root: Path, protocol: Protocol) -> SemanticData:
 
     Args:
         root: Its folder.
-        protocol: One of :data:`SEMANTIC`'s.
+        protocol: One of `SEMANTIC`'s.
 
     Returns:
         The data.
@@ -40,7 +40,7 @@ def check_semantic(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: Folder of the data set.
-        protocol: One of :data:`SEMANTIC`'s.
+        protocol: One of `SEMANTIC`'s.
 
     Returns:
         What was found.

@@ -44,7 +44,7 @@ class Frame(NamedTuple):
         return xy * xy.new_tensor(self.scale_xy) + xy.new_tensor(self.offset_xy)
 
     def back(self, xy: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
-        """Carry points of the frame into the picture: the inverse of :meth:`carry`.
+        """Carry points of the frame into the picture: the inverse of `carry`.
 
         Args:
             xy: (N, 2) pixels of the frame.

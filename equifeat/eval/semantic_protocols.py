@@ -75,7 +75,7 @@ def metric_name(alpha: float, average: str) -> str:
 
     Args:
         alpha: Threshold.
-        average: Key of :data:`AVERAGES`.
+        average: Key of `AVERAGES`.
 
     Returns:
         The heading.
@@ -88,10 +88,10 @@ def averages_of(protocol: Protocol) -> dict[str, tuple[float, str]]:
     """Return what the metrics of a protocol are.
 
     Args:
-        protocol: One of :data:`PROTOCOLS`.
+        protocol: One of `PROTOCOLS`.
 
     Returns:
-        By heading: α and the key of :data:`AVERAGES`.
+        By heading: α and the key of `AVERAGES`.
     """
     known = {metric_name(a, average): (a, average) for a in ALPHAS for average in AVERAGES}
     return {metric.name: known[metric.name] for metric in protocol.metrics}

@@ -79,7 +79,7 @@ class TaskData(ABC):
 
         Args:
             index: Index into ``items``.
-            prediction: What :meth:`predict` gave, perhaps read from a cache.
+            prediction: What `predict` gave, perhaps read from a cache.
 
         Returns:
             Rows; one for most tasks.
@@ -90,7 +90,7 @@ class TaskData(ABC):
 
         Args:
             index: Index into ``items``.
-            prediction: What :meth:`predict` gave.
+            prediction: What `predict` gave.
 
         Returns:
             A picture at most some 1,200 px wide, or None where there is nothing to see.
@@ -127,7 +127,7 @@ class Task(NamedTuple):
     Attributes:
         name: Word on the command line.
         protocols: Its protocols; the first is the default.
-        open: Opens a folder under a protocol; raises EvalDataError with :attr:`where` in it when
+        open: Opens a folder under a protocol; raises EvalDataError with `where` in it when
             the folder does not hold the data.
         check: Counts and verifies a folder under a protocol.
         where: By family of protocols (the part of the id before "/"), one sentence that says where

@@ -224,7 +224,7 @@ def open_equivariance(root: Path, protocol: Protocol) -> EquivarianceData:
 
     Args:
         root: Folder of views of one object, or of many.
-        protocol: One of :data:`EQUIVARIANCE`'s.
+        protocol: One of `EQUIVARIANCE`'s.
 
     Returns:
         The data.
@@ -240,7 +240,7 @@ def check_equivariance(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: Folder of views.
-        protocol: One of :data:`EQUIVARIANCE`'s.
+        protocol: One of `EQUIVARIANCE`'s.
 
     Returns:
         What was found.

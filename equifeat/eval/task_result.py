@@ -119,7 +119,7 @@ class TaskResult:
         """Return what a label says, in natural order: 9 before 10.
 
         Args:
-            label: One of :attr:`labels`.
+            label: One of `labels`.
 
         Returns:
             Its values.
@@ -170,7 +170,7 @@ class TaskResult:
         """Return every metric of every model for each value of a label.
 
         Args:
-            label: One of :attr:`labels`.
+            label: One of `labels`.
 
         Returns:
             By value, in natural order.

@@ -20,7 +20,7 @@ def find_task(name: str) -> Task:
     """Return a task by name.
 
     Args:
-        name: Key of :data:`TASKS`.
+        name: Key of `TASKS`.
 
     Returns:
         The task.

@@ -157,7 +157,7 @@ def open_tracking(root: Path, protocol: Protocol) -> TrackingData:
 
     Args:
         root: The data folder.
-        protocol: One of :data:`TRACKING`'s.
+        protocol: One of `TRACKING`'s.
 
     Returns:
         The data.
@@ -173,7 +173,7 @@ def check_tracking(root: Path, protocol: Protocol) -> Check:
 
     Args:
         root: The data folder.
-        protocol: One of :data:`TRACKING`'s.
+        protocol: One of `TRACKING`'s.
 
     Returns:
         What was found.

@@ -161,7 +161,7 @@ def add_facts(config: Path, content: dict[str, Any]) -> None:
 
     Args:
         config: The file; made when it is not there.
-        content: What :func:`facts` returned.
+        content: What `facts` returned.
     """
     there = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     text = json.dumps({**there, KEY: content}, indent=2)

@@ -29,7 +29,7 @@ Side = int | torch.SymInt
 
 
 class DenseGraph(nn.Module):
-    """Images to raw features; see :func:`dense_graph`.
+    """Images to raw features; see `dense_graph`.
 
     Args:
         extractor: A model without an adapter, in float32; its modules are used, not copied.
@@ -108,7 +108,7 @@ class DenseGraph(nn.Module):
 
 
 class KeypointGraph(nn.Module):
-    """Images and points to descriptors; see :func:`keypoint_graph`.
+    """Images and points to descriptors; see `keypoint_graph`.
 
     Args:
         dense: The graph of the images' features.
@@ -137,8 +137,8 @@ class KeypointGraph(nn.Module):
         """Return the raw features and the descriptors of points.
 
         Args:
-            images: As in :meth:`forward`.
-            keypoints: As in :meth:`forward`.
+            images: As in `forward`.
+            keypoints: As in `forward`.
 
         Returns:
             (B, D, h, w) features, (B, N, D) descriptors.
@@ -181,14 +181,14 @@ def keypoint_graph(extractor: FeatureExtractor, size_hw: SizeHW | None) -> Keypo
 
     Args:
         extractor: A model in float32; it is copied.
-        size_hw: As in :func:`dense_graph`.
+        size_hw: As in `dense_graph`.
 
     Returns:
         A module in eval mode: images (B, 3, H, W) and keypoints (B, N, 2) → (B, N, D), equal to
         FeatureExtractor.at up to rounding, but points outside the image are not refused.
 
     Raises:
-        ExportError: As in :func:`dense_graph`.
+        ExportError: As in `dense_graph`.
     """
     return KeypointGraph(dense_graph(extractor, size_hw), extractor.point_scale).eval()
 

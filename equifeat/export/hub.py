@@ -45,8 +45,8 @@ def write_hub_folder(
         repo: USER/NAME or USER/NAME@REVISION, for the card; the name of `out` when None.
         results: results.json of ``equifeat evaluate … --controls`` of this model. Without, the
             results that the folder's card tells are kept.
-        weights: Another place to take the backbone's weights from, see :func:`load_model`.
-        card: More facts for the card, see :func:`equifeat.model.card.model_card`.
+        weights: Another place to take the backbone's weights from, see `load_model`.
+        card: More facts for the card, see `equifeat.model.card.model_card`.
         backbone: A backbone already loaded, in place of weights.
 
     Returns:
@@ -107,15 +107,15 @@ def push(
         folder: A model folder.
         repo: USER/NAME; it is made when it does not exist.
         private: Whether a repository that is made is private; None for the hub's default.
-        results: See :func:`write_hub_folder`.
+        results: See `write_hub_folder`.
         revision: Branch to commit to; it is made when it does not exist.
         message: Title of the commit.
         create_pr: Open a pull request instead of changing the branch.
         endpoint: Address of the hub; None for huggingface_hub's own.
         token: Of the hub; None for the one of HF_TOKEN or ``hf auth login``.
-        weights: See :func:`write_hub_folder`.
-        card: See :func:`write_hub_folder`.
-        backbone: See :func:`write_hub_folder`.
+        weights: See `write_hub_folder`.
+        card: See `write_hub_folder`.
+        backbone: See `write_hub_folder`.
 
     Returns:
         Where it is, and how to open it.

@@ -43,7 +43,7 @@ def card_facts(path: Path, extractor: FeatureExtractor, folder: Path) -> dict[st
         folder: Its folder, whose config.json names the seed of the run.
 
     Returns:
-        "tables" and "evaluations" of :func:`equifeat.model.card.model_card`.
+        "tables" and "evaluations" of `equifeat.model.card.model_card`.
 
     Raises:
         ExportError: The results hold no row of this model, of its raw ViT, or of it untrained.

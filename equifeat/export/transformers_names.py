@@ -86,7 +86,7 @@ def dinov2_options(backbone: Backbone, side: int) -> dict[str, Any]:
     """Return the configuration of transformers' DINOv2 for a ViT.
 
     Args:
-        backbone: A ViT that passed :func:`check_dinov2`.
+        backbone: A ViT that passed `check_dinov2`.
         side: Height and width in pixels of the image that its position embedding fits.
 
     Returns:
@@ -160,7 +160,7 @@ def to_transformers_names(state: State, depth: int, patches: int, swiglu: bool) 
 
 
 def to_timm_names(state: State, depth: int, swiglu: bool, registers: bool) -> State:
-    """Undo :func:`to_transformers_names` for DINOv2's own models, to the bit.
+    """Undo `to_transformers_names` for DINOv2's own models, to the bit.
 
     Args:
         state: Tensors under the names of checkpoints.

@@ -20,7 +20,7 @@ from equifeat.files import atomic_file, atomic_folder
 Format = Literal["npz", "safetensors", "zarr"]
 FORMATS: tuple[str, ...] = get_args(Format)
 KEY = "equifeat"
-"""Under this name every format holds the JSON of :class:`About`."""
+"""Under this name every format holds the JSON of `About`."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _DTYPES = ("float32", "float16")
@@ -144,7 +144,7 @@ def read_stored(path: Path) -> tuple[About, Array]:
     """Read the features of an image, strictly and without running anything.
 
     Args:
-        path: As for :func:`read_header`.
+        path: As for `read_header`.
 
     Returns:
         The record, and (D, h, w) features.

@@ -31,7 +31,7 @@ class Facts(NamedTuple):
     Attributes:
         name: Its name in the output.
         size_hw: Height and width of the image itself.
-        fingerprint: See :func:`equifeat.features.options.source_hash`.
+        fingerprint: See `equifeat.features.options.source_hash`.
         time: Seconds from the start of its video, or None.
     """
 
@@ -227,7 +227,7 @@ def load_chunks(chunks: Iterable[Chunk], workers: int, pin: bool) -> Iterable[Ch
     """Run the decoding in processes.
 
     Args:
-        chunks: What to decode, an :class:`ImageChunks`.
+        chunks: What to decode, an `ImageChunks`.
         workers: Loader processes; 0 decodes in this one.
         pin: Put pixels in page-locked memory, for a GPU.
 

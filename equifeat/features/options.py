@@ -93,7 +93,7 @@ def source_hash(run: str, size: int, mtime_ns: int, frame: int | None = None) ->
     """Return the fingerprint that is kept with the features of an image.
 
     Args:
-        run: What :func:`run_hash` gave.
+        run: What `run_hash` gave.
         size: Bytes of the image file.
         mtime_ns: When it was last changed.
         frame: Number of the frame in a video.

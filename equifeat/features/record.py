@@ -26,7 +26,7 @@ class About:
         size_hw: Height and width of the image in pixels.
         grid_hw: Rows and columns of features.
         margin_yx: Pixels of the image left uncovered at top and bottom each, left and right each.
-        point_scale: See :class:`equifeat.model.feature_map.FeatureMap`; 1 but for models that
+        point_scale: See `equifeat.model.feature_map.FeatureMap`; 1 but for models that
             repeat the reference's fault.
         model: What --model was.
         fingerprint: Identity of model, options and image file.
@@ -59,7 +59,7 @@ class About:
 
 
 def parse_about(content: Any, where: str) -> About:
-    """Read what :meth:`About.as_dict` gave, strictly.
+    """Read what `About.as_dict` gave, strictly.
 
     Args:
         content: Its JSON text, or the dictionary.

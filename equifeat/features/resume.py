@@ -121,8 +121,8 @@ def write_index(
 
     Args:
         store: The output.
-        identity: See :func:`start`.
-        model: See :func:`start`.
+        identity: See `start`.
+        model: See `start`.
         facts: What else is known: whether it is complete, how many images.
     """
     index = {

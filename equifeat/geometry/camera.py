@@ -1,7 +1,7 @@
 """Pinhole cameras with OpenCV axes (x right, y down, z forward) and 4x4 transforms.
 
 Convention:
-    p_cam = cam_from_world @ p_world, and pixels follow :mod:`equifeat.geometry.pixels`, so a
+    p_cam = cam_from_world @ p_world, and pixels follow `equifeat.geometry.pixels`, so a
     principal point in the middle of a 512 px image is (256, 256), not (255.5, 255.5).
 
     >>> camera = Camera.from_focal(560.0, (512, 512))

@@ -60,7 +60,7 @@ def surface_depth(
 def limits_of_steps(
     depth_step: float, camera0: Camera, nearest_z: float, exact: tuple[float, float] = (1e-3, 0.05)
 ) -> tuple[float, float]:
-    """Return the two limits of :func:`correspond` for depth that is kept in steps.
+    """Return the two limits of `correspond` for depth that is kept in steps.
 
     The usual limits, unless the steps are so coarse (the reference's millimetres) that rounding
     alone would fail them: a step moves a point seen from the side by up to f * step / z pixels.
@@ -135,8 +135,8 @@ def dense_correspondences(
         camera0: Intrinsics of view 0.
         camera1: Intrinsics of view 1.
         cam1_from_cam0: Transform from camera 0 to camera 1.
-        depth_tol: See :func:`correspond`.
-        max_error_px: See :func:`correspond`.
+        depth_tol: See `correspond`.
+        max_error_px: See `correspond`.
 
     Returns:
         xy (..., H0, W0, 2) in view 1 and covisible (..., H0, W0).
@@ -162,7 +162,7 @@ def overlap(
     """Return the share of view 0's surface pixels that are covisible in view 1.
 
     Args:
-        correspondences: Result of :func:`dense_correspondences`.
+        correspondences: Result of `dense_correspondences`.
         depth0: Depth of view 0.
 
     Returns:

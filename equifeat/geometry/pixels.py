@@ -166,7 +166,7 @@ def normalize_xy(
 
 
 def denormalize_xy(xy: Float[Tensor, "*b 2"], size_hw: SizeHW) -> Float[Tensor, "*b 2"]:
-    """Invert :func:`normalize_xy`.
+    """Invert `normalize_xy`.
 
     Args:
         xy: Points in [-1, 1].
@@ -249,7 +249,7 @@ class LinearTaps(NamedTuple):
 def linear_taps(
     places: Float[Tensor, "k"], cells: int, length: float, margin: float = 0.0
 ) -> LinearTaps:
-    """Return what :func:`sample` does along one axis, for those who mix something else instead.
+    """Return what `sample` does along one axis, for those who mix something else instead.
 
     Args:
         places: Points along the axis, in pixels of the image.

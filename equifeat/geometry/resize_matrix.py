@@ -4,7 +4,7 @@ Other runtimes have no antialiased resize, or one that differs; all of them mult
 The new size may be a symbol of torch.export.
 
 Convention:
-    Corners stay corners, as in :func:`equifeat.geometry.pixels.resize`. A row has the shares of
+    Corners stay corners, as in `equifeat.geometry.pixels.resize`. A row has the shares of
     the old cells in one new cell.
 
     >>> linear_resize_matrix(2, 4)
@@ -27,7 +27,7 @@ _ANTIALIASED, _PLAIN = -0.5, -0.75
 
 
 def linear_resize_matrix(old: int, new: int) -> Float[Tensor, "new old"]:
-    """Return what :func:`equifeat.geometry.pixels.resize` does along one axis, antialiased.
+    """Return what `equifeat.geometry.pixels.resize` does along one axis, antialiased.
 
     Args:
         old: Cells before.

@@ -48,10 +48,10 @@ def fetch_model(
 
     Args:
         name: The repository.
-        token: See :func:`from_pretrained`.
-        cache_dir: See :func:`from_pretrained`.
-        local_files_only: See :func:`from_pretrained`.
-        force_download: See :func:`from_pretrained`.
+        token: See `from_pretrained`.
+        cache_dir: See `from_pretrained`.
+        local_files_only: See `from_pretrained`.
+        force_download: See `from_pretrained`.
         endpoint: Address of the hub; None for huggingface_hub's own.
 
     Returns:

@@ -25,7 +25,7 @@ def from_pretrained(
     weights: str | None = None,
     device: torch.device | str = "cpu",
 ) -> FeatureExtractor:
-    """Open a model of a hub, or a model folder; strictly, as :func:`equifeat.load_model` does.
+    """Open a model of a hub, or a model folder; strictly, as `equifeat.load_model` does.
 
     Args:
         repo_or_folder: ``USER/NAME``, ``hf://USER/NAME[@REVISION]``, or a folder, which wins where
@@ -71,13 +71,13 @@ def from_pretrained(
 def load_fetched(
     folder: Path, name: HubName, device: torch.device | str = "cpu", weights: str | None = None
 ) -> FeatureExtractor:
-    """Open what :func:`fetch_model` gave.
+    """Open what `fetch_model` gave.
 
     Args:
         folder: The folder in the cache.
         name: Where it came from, for messages.
         device: Where to put the model.
-        weights: See :func:`from_pretrained`.
+        weights: See `from_pretrained`.
 
     Returns:
         The extractor, in eval mode.

@@ -64,7 +64,7 @@ def mssd(
         cam_from_estimate: Estimated pose.
         cam_from_object: True pose.
         points: Vertices of the model.
-        symmetries: See :func:`symmetry_transforms`.
+        symmetries: See `symmetry_transforms`.
 
     Returns:
         The distance, in the points' unit.
@@ -90,7 +90,7 @@ def mspd(
         cam_from_estimate: Estimated pose.
         cam_from_object: True pose.
         points: Vertices of the model.
-        symmetries: See :func:`symmetry_transforms`.
+        symmetries: See `symmetry_transforms`.
         K: Intrinsics; the pixel convention cancels.
 
     Returns:

@@ -73,7 +73,7 @@ def matching_errors(
     Args:
         xy_pred: (N, 2) predicted pixels.
         xy_true: (N, 2) true pixels.
-        normalizer: Length in pixels, see :func:`normalizer_px`.
+        normalizer: Length in pixels, see `normalizer_px`.
 
     Returns:
         (N,) errors; 0.05 is five percent of the normaliser.
@@ -91,7 +91,7 @@ def ape(errors: Float[Tensor, "n"]) -> float:
     """Return the average pixel error (APE).
 
     Args:
-        errors: (N,) relative errors of :func:`matching_errors`, N ≥ 1.
+        errors: (N,) relative errors of `matching_errors`, N ≥ 1.
 
     Returns:
         Mean error in percent of the normaliser; NaN when there is no error.
@@ -118,7 +118,7 @@ def pcdp(
     """Return the percentage of correct dense points (PCDP) at several thresholds.
 
     Args:
-        errors: (N,) relative errors of :func:`matching_errors`.
+        errors: (N,) relative errors of `matching_errors`.
         thresholds: Shares of the normaliser.
 
     Returns:

@@ -63,7 +63,7 @@ def correct_keypoints(
     Args:
         xy_pred: (N, 2) predicted pixels.
         xy_true: (N, 2) true pixels.
-        length: From :func:`pck_length`, in the same pixels.
+        length: From `pck_length`, in the same pixels.
         alpha: Share of it.
 
     Returns:
@@ -112,7 +112,7 @@ def mean_pck(
     Args:
         correct: For each pair, which keypoints are correct.
         categories: Category of each pair.
-        mean: "images": mean of the pairs' PCK; else see :func:`pair_weights`.
+        mean: "images": mean of the pairs' PCK; else see `pair_weights`.
 
     Returns:
         Percent; pairs without keypoints say nothing; NaN when none has any.

@@ -65,7 +65,7 @@ def smallest_p(units: int, flips: int = FLIPS) -> float:
 
     Args:
         units: Number of units.
-        flips: As in :func:`swap_p_values`.
+        flips: As in `swap_p_values`.
 
     Returns:
         A probability; NaN with fewer than two units.

@@ -101,9 +101,9 @@ def paired_difference(
     Args:
         first: (n_objects, ...) values of the first model.
         second: (n_objects, ...) values of the second model on the same objects in the same order.
-        seed: See :func:`bootstrap_interval`.
-        samples: See :func:`bootstrap_interval`.
-        level: See :func:`bootstrap_interval`.
+        seed: See `bootstrap_interval`.
+        samples: See `bootstrap_interval`.
+        level: See `bootstrap_interval`.
 
     Returns:
         Mean difference, lower and upper end.

@@ -217,13 +217,13 @@ def differences(
     """Return second minus first, on the units that count in both.
 
     The interval draws the same units for both models, and the training seeds of each on their own;
-    the test is :func:`equifeat.metrics.permutation.swap_p_values` on means over training seeds.
+    the test is `equifeat.metrics.permutation.swap_p_values` on means over training seeds.
 
     Args:
         pairs: First and second model, for every metric or model.
-        seed: See :func:`estimates`.
-        samples: See :func:`estimates`.
-        level: See :func:`estimates`.
+        seed: See `estimates`.
+        samples: See `estimates`.
+        level: See `estimates`.
 
     Returns:
         One a pair, not yet corrected for their number.

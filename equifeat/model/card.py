@@ -92,7 +92,7 @@ def card_section(card: str, title: str) -> str | None:
     """Return what stands under a heading of the second level.
 
     Args:
-        card: A card, as :func:`model_card` gives it.
+        card: A card, as `model_card` gives it.
         title: The heading.
 
     Returns:

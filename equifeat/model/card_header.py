@@ -99,7 +99,7 @@ def front_matter(title: str, config: Mapping[str, Any], facts: Mapping[str, Any]
     Args:
         title: Name of the model.
         config: Content of config.json.
-        facts: Of :func:`equifeat.model.card.model_card`.
+        facts: Of `equifeat.model.card.model_card`.
 
     Returns:
         The text between and with its two lines of dashes.

@@ -51,7 +51,7 @@ class FeatureExtractor(HubMixin, nn.Module):
     """Whether the tail's blocks run again for their gradients instead of keeping activations."""
 
     half_head: bool = False
-    """Whether the head runs in the backbone's half precision too; see :meth:`half_precision`."""
+    """Whether the head runs in the backbone's half precision too; see `half_precision`."""
 
     sampling: Sampling = "exact"
     """Where points are sampled: "reference" repeats a fault of the reference (docs/convert.md)."""
@@ -128,9 +128,9 @@ class FeatureExtractor(HubMixin, nn.Module):
         """Return the descriptors of points.
 
         Args:
-            images: As in :meth:`dense`.
+            images: As in `dense`.
             keypoints: (B, N, 2) xy in pixels of the images; (N, 2) for a single one.
-            resolution: As in :meth:`dense`.
+            resolution: As in `dense`.
 
         Returns:
             (B, N, D) L2-normalised descriptors; the same as `dense(images).sample(keypoints)`.
@@ -151,7 +151,7 @@ class FeatureExtractor(HubMixin, nn.Module):
 
         The images may be a folder, a glob pattern, a video, or anything that gives images, paths
         or videos when iterated; sizes may differ. Nothing is read before its turn. The options are
-        those of :func:`equifeat.model.many.dense_many`.
+        those of `equifeat.model.many.dense_many`.
         """
         from equifeat.model.many import dense_many  # which builds upon this module
 
@@ -162,16 +162,16 @@ class FeatureExtractor(HubMixin, nn.Module):
     ) -> FeatureMap:
         """Return the map of huge images, made of overlapping windows, without gradients.
 
-        The grid is that of :meth:`dense`. Attention sees one window at a time, so that features
+        The grid is that of `dense`. Attention sees one window at a time, so that features
         differ from the untiled ones unless one window holds the image. The options are those of
-        :func:`equifeat.model.tiling.dense_tiled`.
+        `equifeat.model.tiling.dense_tiled`.
         """
         from equifeat.model.tiling import dense_tiled  # which builds upon this module
 
         return dense_tiled(self, images, resolution, **options)
 
     def forward(self, images: Images, resolution: int | None = None) -> FeatureMap:
-        """Return :meth:`dense`."""
+        """Return `dense`."""
         return self.dense(images, resolution)
 
     def trunk(
@@ -186,12 +186,12 @@ class FeatureExtractor(HubMixin, nn.Module):
 
         Args:
             images: (B, 3, H, W) RGB in [0, 1].
-            resolution: As in :meth:`dense`.
-            overlap: As in :meth:`dense`.
-            layers: As in :meth:`dense`: the state has passed none of these blocks but the first.
+            resolution: As in `dense`.
+            overlap: As in `dense`.
+            layers: As in `dense`: the state has passed none of these blocks but the first.
 
         Returns:
-            A state to store, or to give to :meth:`tail`.
+            A state to store, or to give to `tail`.
         """
         size_hw = (int(images.shape[-2]), int(images.shape[-1]))
         grid_hw = self.grid_hw(size_hw, resolution)
@@ -210,12 +210,12 @@ class FeatureExtractor(HubMixin, nn.Module):
         """Run the adapted blocks, the final norm and the head.
 
         Args:
-            state: What :meth:`trunk` gave, perhaps stored in between.
-            layers: As in :meth:`dense`.
-            norm: As in :meth:`dense`.
+            state: What `trunk` gave, perhaps stored in between.
+            layers: As in `dense`.
+            norm: As in `dense`.
 
         Returns:
-            The features of the patches, as :meth:`dense` gives them.
+            The features of the patches, as `dense` gives them.
 
         Raises:
             ValueError: The state comes from an extractor with fewer adapted blocks, or it has

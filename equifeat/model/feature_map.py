@@ -29,7 +29,7 @@ class TrunkState(NamedTuple):
         grid_hw: Rows and columns of patches.
         size_hw: Height and width of the image that was asked about.
         blocks_done: How many blocks the tokens have passed.
-        margin_yx: See :class:`FeatureMap`.
+        margin_yx: See `FeatureMap`.
     """
 
     tokens: Tensor
@@ -76,12 +76,12 @@ class FeatureMap:
     """A map of features that covers an image, up to a margin.
 
     Args:
-        features: (B, D, h, w), not normalised unless :meth:`normalized` made it.
+        features: (B, D, h, w), not normalised unless `normalized` made it.
         size_hw: Height and width of the image, in whose pixels points are given.
         margin_yx: Pixels of the image that the map leaves uncovered at top and bottom each, and at
             left and right each. Patches of p pixels that overlap and start every s pixels cover
             the image but for (p - s) / 2 when each stands for the s pixels around its centre.
-        point_scale: What :meth:`sample` multiplies points by: 1, or the patch size / 14 to repeat
+        point_scale: What `sample` multiplies points by: 1, or the patch size / 14 to repeat
             a fault of the reference implementation, see docs/convert.md.
     """
 

@@ -34,7 +34,7 @@ class HubMixin:
         weights: str | None = None,
         device: Any = "cpu",
     ) -> FeatureExtractor:
-        """Open a model of a hub, or a model folder; see :func:`equifeat.from_pretrained`.
+        """Open a model of a hub, or a model folder; see `equifeat.from_pretrained`.
 
         Args:
             repo_or_folder: ``USER/NAME``, ``hf://USER/NAME[@REVISION]`` or a folder.
@@ -75,12 +75,12 @@ class HubMixin:
         recipe: Mapping[str, Any] | None = None,
         card: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write a model folder, as :func:`equifeat.save_model` does.
+        """Write a model folder, as `equifeat.save_model` does.
 
         Args:
             folder: Where to write.
-            recipe: How the model was trained; None for :attr:`recipe`.
-            card: Facts for the model card, see :func:`equifeat.model.card.model_card`.
+            recipe: How the model was trained; None for `recipe`.
+            card: Facts for the model card, see `equifeat.model.card.model_card`.
 
         Returns:
             The folder.
@@ -116,8 +116,8 @@ class HubMixin:
             commit_message: Title of the commit.
             create_pr: Open a pull request instead of changing the branch.
             results: results.json of ``equifeat evaluate … --controls`` of this model.
-            recipe: How the model was trained; None for :attr:`recipe`.
-            card: More facts for the card, see :func:`equifeat.model.card.model_card`.
+            recipe: How the model was trained; None for `recipe`.
+            card: More facts for the card, see `equifeat.model.card.model_card`.
 
         Returns:
             Where it is, and how to open it.

@@ -50,7 +50,7 @@ def gather(images: Any) -> Tensor:
     """Make one batch of what a user gives, without a copy where it is one already.
 
     Args:
-        images: See :data:`Images`. Files are read as :func:`equifeat.image_files.read_image` does.
+        images: See `Images`. Files are read as `equifeat.image_files.read_image` does.
 
     Returns:
         (B, 3, H, W) RGB: uint8, or floats in [0, 1]; where the images are.

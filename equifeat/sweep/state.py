@@ -61,7 +61,7 @@ class SweepState:
     """What is known of fits beside their own folders: their settings, times, SLURM's number.
 
     Args:
-        path: The file; it is made by :meth:`begin`.
+        path: The file; it is made by `begin`.
 
     Raises:
         RecipeError: It is damaged.

@@ -163,7 +163,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             weights_only: Unused: nothing else is ever read.
 
         Returns:
-            See :func:`read_checkpoint`.
+            See `read_checkpoint`.
         """
         return read_checkpoint(path)
 

@@ -206,7 +206,7 @@ def report(trainer: pl.Trainer, watch: Stopwatch, planned: Any) -> str:
     Args:
         trainer: The trainer, after its few steps.
         watch: What was measured.
-        planned: Configuration of fit before :func:`dry_run_config`.
+        planned: Configuration of fit before `dry_run_config`.
 
     Returns:
         Lines of text.

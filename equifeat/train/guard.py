@@ -47,7 +47,7 @@ class NonFiniteGuard(pl.Callback):
         """Go on counting.
 
         Args:
-            state_dict: What :meth:`state_dict` gave.
+            state_dict: What `state_dict` gave.
         """
         self.skipped = int(state_dict["skipped"])
 

@@ -216,7 +216,7 @@ class EquivariantFinetune(pl.LightningModule):
         """Load trainable weights; every key must be there and nothing else.
 
         Args:
-            state_dict: What :meth:`state_dict` gave.
+            state_dict: What `state_dict` gave.
             strict: Always strict, whatever is asked.
             assign: Unused.
 

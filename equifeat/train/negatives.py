@@ -77,7 +77,7 @@ def check_negatives(kind: NegativesKind, batch_size: int, ranks: int) -> None:
     """Refuse negatives of other pairs where there never are other pairs.
 
     Args:
-        kind: As in :func:`extra_negatives`.
+        kind: As in `extra_negatives`.
         batch_size: Pairs in a batch of one rank.
         ranks: Number of ranks.
 

@@ -53,7 +53,7 @@ def tf32(on: bool) -> Iterator[None]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute matrix products in full float32 inside the block, whatever :func:`tf32` says."""
+    """Compute matrix products in full float32 inside the block, whatever `tf32` says."""
     before = torch.get_float32_matmul_precision()
     if before != "highest":
         torch.set_float32_matmul_precision("highest")

@@ -42,7 +42,7 @@ class RandomState(pl.Callback):
         """Remember the states of a checkpoint until training starts.
 
         Args:
-            state_dict: What :meth:`state_dict` gave.
+            state_dict: What `state_dict` gave.
         """
         self._loaded = state_dict
 

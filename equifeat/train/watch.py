@@ -118,7 +118,7 @@ class Watch(pl.Callback):
         """Go on counting, unless something else was watched before.
 
         Args:
-            state_dict: What :meth:`state_dict` gave.
+            state_dict: What `state_dict` gave.
         """
         if state_dict["watched"] == self._digest():
             self.best, self.best_step = state_dict["best"], state_dict["best_step"]
