@@ -22,10 +22,10 @@ from data_prep.capture_layouts import (
     read_nerf,
     read_plain,
 )
-from equifeat.data.images import read_image
 from equifeat.data.object_views import ObjectViews
 from equifeat.errors import ImageError, ViewsError
 from equifeat.geometry.pixels import pixel_centers, resize
+from equifeat.image_files import read_image
 
 Array = NDArray[Any]
 CaptureKind = Literal["auto", "views", "nerf", "colmap", "plain"]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from data_prep.procedural import write_procedural
-from equifeat.data.images import read_image
 from equifeat.downstream.transfer import TransferOptions, transfer
 from equifeat.errors import KeypointError, RecipeError
 from equifeat.eval.matching import mutual_nearest
 from equifeat.eval.models import open_model
 from equifeat.files import atomic_file
 from equifeat.geometry.pixels import inside, patch_centers
+from equifeat.image_files import read_image
 from equifeat.model.extractor import FeatureExtractor
 from equifeat.model.feature_map import FeatureMap
 from equifeat.viz import match_picture, save_png

@@ -16,11 +16,11 @@ import torch
 
 from data_prep.procedural import write_procedural
 from equifeat.checkpoint import load_model
-from equifeat.data.images import read_image
 from equifeat.demo import demo, parse_steps
 from equifeat.errors import RecipeError
 from equifeat.eval.equivariance_result import EquivarianceResult
 from equifeat.eval.shared_trunk import SharedTokens, SharedTrunk
+from equifeat.image_files import read_image
 from equifeat.model.extractor import build_extractor
 from equifeat.model.weights import packaged_available
 from equifeat.train.checkpoints import checkpoints

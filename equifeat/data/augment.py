@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.errors import RecipeError
 from equifeat.geometry.camera import Camera
 from equifeat.geometry.pixels import (
@@ -32,6 +31,7 @@ from equifeat.geometry.pixels import (
     resize,
     to_integer_centers,
 )
+from equifeat.image_files import read_image
 
 BACKGROUNDS = ("black", "noise", "gradient")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.data.tracked_video import Queries, TrackedVideo
 from equifeat.errors import EvalDataError
 from equifeat.geometry.pixels import from_integer_centers
+from equifeat.image_files import read_image
 
 # The joints that are annotated (code/joint_catalog.py of BADJA), of the 37 that files list.
 JOINTS = (8, 9, 10, 12, 13, 14, 15, 18, 19, 20, 22, 23, 24, 25, 28, 31, 32, 33, 35, 36)

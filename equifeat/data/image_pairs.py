@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.data.text_files import MAX_LIST_BYTES, read_text
 from equifeat.errors import EvalDataError, ImageError
 from equifeat.geometry.pixels import SizeHW, from_integer_centers
+from equifeat.image_files import read_image
 
 PixelCenters = Literal["integer", "corner"]
 _COLUMNS = 38

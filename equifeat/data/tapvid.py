@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.data.safe_pickle import load_safely
 from equifeat.data.tracked_video import (
     Queries,
@@ -37,6 +36,7 @@ from equifeat.data.tracked_video import (
 )
 from equifeat.errors import EvalDataError
 from equifeat.geometry.pixels import from_integer_centers, scale_xy
+from equifeat.image_files import read_image
 
 TapLayout = Literal["davis", "rgb-stacking", "kinetics", "strided"]
 PATTERNS: dict[str, str] = {

@@ -18,13 +18,13 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import save_file
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.downstream.nerf_images import SceneImage, scene_images
 from equifeat.downstream.waiting_maps import WaitingMaps, fit_principal, waiting_maps
 from equifeat.errors import ImageError, RecipeError
 from equifeat.eval.models import extractor_hash, open_model
 from equifeat.files import atomic_file
 from equifeat.geometry.pixels import from_integer_centers, pixel_centers, to_integer_centers
+from equifeat.image_files import read_image
 from equifeat.model.extractor import FeatureExtractor
 from equifeat.model.feature_map import FeatureMap
 from equifeat.progress import progress

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from equifeat.data.video import VideoFrames
 from equifeat.downstream.posed_views import checked_image
 from equifeat.draw import sheet, to_bytes
 from equifeat.errors import ImageError, KeypointError, RecipeError
@@ -25,6 +24,7 @@ from equifeat.eval.tracking_picture import draw_points
 from equifeat.eval.tracking_protocols import REFERENCE_WIDTH
 from equifeat.geometry.pixels import SizeHW, inside, resize, scale_xy
 from equifeat.model.feature_map import FeatureMap
+from equifeat.video_files import VideoFrames
 
 Video = Tensor | Iterable[Tensor] | str | Path
 _CELL_WIDTH, _MOST_SHOWN = 240, 40

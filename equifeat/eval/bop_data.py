@@ -12,7 +12,6 @@ from PIL import Image
 
 from equifeat.data.bop import BopImage
 from equifeat.data.bop_images import read_depth
-from equifeat.data.images import read_image
 from equifeat.errors import EvalDataError
 from equifeat.eval.bop_detections import Detections, detections_file, read_detections, regions_of
 from equifeat.eval.bop_localizer import TemplateLocalizer
@@ -24,6 +23,7 @@ from equifeat.eval.bop_templates import Template, corner_K
 from equifeat.eval.features import FeatureSource
 from equifeat.eval.protocol import Protocol
 from equifeat.eval.task import Prediction, Row, TaskData
+from equifeat.image_files import read_image
 
 _BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from equifeat.data.bop import BopImage, read_scene, scene_folders
 from equifeat.data.bop_images import read_depth, read_mask
-from equifeat.data.images import read_image
 from equifeat.data.triangles import Triangles
 from equifeat.errors import EvalDataError
 from equifeat.eval.features import FeatureSource
@@ -21,6 +20,7 @@ from equifeat.eval.object_crop import box_of, crop_object
 from equifeat.geometry.camera import Camera, invert, transform
 from equifeat.geometry.pixels import from_integer_centers, inside, pixel_index
 from equifeat.geometry.raster import rasterize_depth
+from equifeat.image_files import read_image
 from equifeat.seeding import numpy_generator
 
 PixelCenters = Literal["integer", "corner"]

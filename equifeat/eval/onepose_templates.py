@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.data.onepose import OnePoseFrame, OnePoseObject, read_matches
 from equifeat.errors import EvalDataError
 from equifeat.eval.features import FeatureSource
 from equifeat.eval.onepose_protocols import OnePoseOptions
 from equifeat.geometry.pixels import from_integer_centers
+from equifeat.image_files import read_image
 from equifeat.model.feature_map import FeatureMap
 from equifeat.seeding import torch_generator
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.data.onepose import OnePoseFrame, OnePoseObject, find_objects, read_matches
 from equifeat.data.point_cloud import read_points
 from equifeat.errors import EvalDataError
@@ -30,6 +29,7 @@ from equifeat.eval.pnp import estimate_pose
 from equifeat.eval.protocol import Protocol
 from equifeat.eval.task import Check, Prediction, Row, TaskData
 from equifeat.geometry.camera import Camera
+from equifeat.image_files import read_image
 from equifeat.metrics.bop import add
 from equifeat.metrics.pose import rotation_error_deg, translation_error_cm, within_cm_deg
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from equifeat.data.images import read_image
 from equifeat.data.pf_pascal import read_pf_pascal
 from equifeat.data.pf_willow import read_pf_willow
 from equifeat.data.semantic_pairs import KeypointPair, PairList
@@ -27,6 +26,7 @@ from equifeat.eval.semantic_picture import pair_picture
 from equifeat.eval.semantic_protocols import AVERAGES, SemanticOptions, averages_of
 from equifeat.eval.task import Prediction, Row, TaskData
 from equifeat.geometry.pixels import SizeHW, patch_centers
+from equifeat.image_files import read_image
 from equifeat.metrics.keypoints import correct_keypoints, pair_weights, pck_length
 from equifeat.model.feature_map import FeatureMap
 from equifeat.seeding import torch_generator

@@ -28,10 +28,9 @@ _USAGE = """```python
 import torch
 
 import equifeat
-from equifeat.data.images import read_image
 
 model = {open}
-images = read_image("photo.jpg")[None]  # (1, 3, H, W), RGB in [0, 1], any size
+images = equifeat.read_image("photo.jpg")[None]  # (1, 3, H, W), RGB in [0, 1], any size
 keypoints = torch.tensor([[[20.5, 30.5], [40.5, 35.5]]])  # (1, N, 2), xy in pixels of the image
 with torch.inference_mode():
     maps = model.dense(images)  # maps.features: (1, {dim}, h, w)

@@ -14,11 +14,10 @@ import zarr
 from safetensors.numpy import load_file, save_file
 
 import equifeat.features
-from equifeat.data.images import read_image
 from equifeat.errors import FeaturesError, RecipeError
 from equifeat.features.formats import FORMATS, parse_out
 from equifeat.geometry.pixels import resize
-from equifeat.image_files import read_pixels
+from equifeat.image_files import read_image, read_pixels
 from tests.features.made import compute, model, write_image, write_images
 
 OUT = {"npz": "out", "safetensors": "out", "zarr": "out.zarr"}

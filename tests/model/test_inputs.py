@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from equifeat.data.video import Frame, VideoFrames
 from equifeat.errors import ImageError, KeypointError, RecipeError
 from equifeat.image_files import find_images, read_image, read_pixels
 from equifeat.model.extractor import FeatureExtractor, build_extractor
 from equifeat.model.inputs import gather, unit_floats
+from equifeat.video_files import Frame, VideoFrames
 from tests.model.tiny import backbone, images
 
 H, W = 30, 44

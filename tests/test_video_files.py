@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from equifeat.data.video import VideoFrames
 from equifeat.errors import ImageError, MissingExtraError
+from equifeat.video_files import VideoFrames
 
 TIMES = [k / 10 for k in range(12)]
 UNEVEN = [0.0, 0.1, 0.5, 0.6, 1.7, 1.8]

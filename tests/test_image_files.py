@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from equifeat.data.images import read_image
 from equifeat.errors import ImageError
+from equifeat.image_files import read_image
 
 
 def test_reads_rgb_in_unit_range_and_turns_upright(tmp_path: Path) -> None:
