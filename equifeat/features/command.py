@@ -109,7 +109,7 @@ def features_command(
     with locked(store):
         begun = time.monotonic()
         model_hash = extractor_hash(extractor)
-        run = run_hash(f"{model_hash} {extractor.sampling}", asked)
+        run = run_hash(model_hash, asked)
         identity = {
             "model": model_hash,
             "file format": store.kind,

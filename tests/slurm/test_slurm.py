@@ -16,6 +16,7 @@ import pytest
 
 from equifeat.cli import run
 from equifeat.errors import SubmitError
+from equifeat.sweep.command import sweep_command
 from equifeat.train.checkpoints import checkpoints
 from equifeat.train.loggers import losses, read_metrics
 from equifeat.train.wandb_files import offline_rows
@@ -215,6 +216,34 @@ def test_every_seed_of_an_array_queues_again_by_itself(submit: Submit) -> None:
         assert finish(f"{job}_{task}", 180)["Restarts"] == str(task)
         assert_every_step_once(folder, 60)
     assert losses(runs[0]) != losses(runs[1])
+
+
+def test_a_sweep_is_one_array_and_then_a_table(recipe: Path, views: Path) -> None:
+    content = {
+        "recipe": recipe.name,
+        "runs": {"conv": {"model.head": "conv"}, "residual": {}},
+        "evaluate": {"held_out": [{"task": "equivariance", "data": str(views)}]},
+    }
+    Path("heads.yaml").write_text(json.dumps(content))
+    options = "--time 5 --gpus 0 --cpus-per-task 1"
+
+    def sweep() -> str:
+        said = sweep_command(
+            "heads.yaml", Path("out"), engine="slurm", submit=options, device="cpu"
+        )
+        assert said is not None
+        return said
+
+    found = re.match(r"submitted job (\d+) .*array of 2 runs", sweep())
+    assert found
+    again = sweep()
+    assert "2 fits are in SLURM's queue already" in again
+    assert "submitted" not in again
+    for task in (0, 1):
+        finish(f"{found[1]}_{task}", 240)
+    table = sweep()
+    assert "residual untrained" in table
+    assert_every_step_once(Path("out/runs/conv/seed_0"), 6)
 
 
 def test_a_task_that_dies_ends_the_job(submit: Submit) -> None:
