@@ -20,6 +20,7 @@ from equifeat.eval.features import Dense, FeatureSource
 from equifeat.eval.object_crop import box_of
 from equifeat.eval.pnp import PnpMethod
 from equifeat.eval.protocol import FeatureSpec
+from equifeat.model.inputs import OneImage
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class PoseFromTemplates:
 
     def fit(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[OneImage],
         depths: Tensor | Sequence[Tensor],
         K: Tensor,
         cam_from_world: Tensor,
@@ -112,7 +113,7 @@ class PoseFromTemplates:
             Itself.
 
         Raises:
-            ImageError: An image is not (3, H, W) in [0, 1].
+            ImageError: An image is none.
             ViewsError: The views do not fit together, or show nothing.
         """
         return self.fit_views(posed_views(images, depths, K, cam_from_world, masks))
@@ -156,11 +157,11 @@ class PoseFromTemplates:
         )
         return self
 
-    def estimate(self, image: Tensor, K: Tensor, mask: Tensor | None = None) -> ObjectPose:
+    def estimate(self, image: OneImage, K: Tensor, mask: Tensor | None = None) -> ObjectPose:
         """Find the object in an image.
 
         Args:
-            image: (3, H, W) RGB in [0, 1].
+            image: A tensor (3, H, W), an array (H, W, 3), a PIL image or a file.
             K: (3, 3) intrinsics; the first pixel's centre is (0.5, 0.5).
             mask: (H, W) where the object is, from any detector or segmenter; a filled box will do.
                 None searches the whole image.
@@ -169,14 +170,14 @@ class PoseFromTemplates:
             The pose.
 
         Raises:
-            ImageError: The image is not (3, H, W) in [0, 1].
+            ImageError: The image is none.
             ViewsError: There are no templates yet, or K or the mask does not fit.
             MissingExtraError: OpenCV or PoseLib is not installed.
         """
         if self.bank is None:
             raise ViewsError("there are no templates yet: call fit() before estimate().")
-        image = checked_image(image, "the image")
-        camera = checked_camera(K, image)
+        pixels = checked_image(image, "the image")
+        camera = checked_camera(K, pixels)
         h, w = camera.size_hw
         region = Region((0.0, 0.0, float(w), float(h)), None)
         if mask is not None:
@@ -191,7 +192,7 @@ class PoseFromTemplates:
             iterations=options.iterations,
             method=options.method,
         )
-        found = localize(image, camera.K, region, self.bank, how, options.seed, self._source)
+        found = localize(pixels, camera.K, region, self.bank, how, options.seed, self._source)
         if found is None:
             return ObjectPose(torch.eye(4, dtype=torch.float64), 0, 0, 0.0, False)
         inliers, matches = int(found.inliers.sum()), len(found.inliers)

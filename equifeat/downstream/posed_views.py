@@ -12,10 +12,11 @@ from equifeat.data.object_views import View, check_intrinsics, check_poses
 from equifeat.data.views import open_views
 from equifeat.errors import ImageError, ViewsError
 from equifeat.geometry.camera import Camera
+from equifeat.model.inputs import OneImage, gather, unit_floats
 
 
 def posed_views(
-    images: Tensor | Sequence[Tensor],
+    images: Tensor | Sequence[OneImage],
     depths: Tensor | Sequence[Tensor] | None,
     K: Tensor,
     cam_from_world: Tensor,
@@ -24,7 +25,8 @@ def posed_views(
     """Join pictures and cameras to views.
 
     Args:
-        images: V images (3, H, W), RGB in [0, 1]; a stack of them if they have one size.
+        images: V images: tensors (3, H, W), arrays (H, W, 3), PIL images or files (see
+            docs/images.md), or a stack (V, 3, H, W) of them if they have one size.
         depths: V z-depth maps (H, W) in the unit of the poses (metres, say), 0 = unknown; None
             where there is no depth.
         K: (V, 3, 3) intrinsics, or (3, 3) of all views; the first pixel's centre is (0.5, 0.5).
@@ -35,7 +37,7 @@ def posed_views(
         The views, on the CPU, cameras and depth in float64.
 
     Raises:
-        ImageError: An image is not (3, H, W) in [0, 1].
+        ImageError: An image is none.
         ViewsError: Numbers or sizes differ, or a matrix is no camera.
     """
     count = len(images)
@@ -94,28 +96,26 @@ def views_of_folder(folder: str | Path, indices: Sequence[int] | None = None) ->
     return [found.view(i) for i in wanted]
 
 
-def checked_image(image: Tensor, name: str) -> Tensor:
+def checked_image(image: OneImage, name: str) -> Tensor:
     """Return an image on the CPU, if it is one.
 
     Args:
-        image: What should be (3, H, W) RGB in [0, 1].
+        image: A tensor (3, H, W), RGB in [0, 1] or bytes, an array (H, W, 3), a PIL image, a file.
         name: What the message calls it.
 
     Returns:
-        (3, H, W) float32.
+        (3, H, W) float32 RGB in [0, 1].
 
     Raises:
         ImageError: It is not.
     """
-    image = torch.as_tensor(image).detach().cpu()
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ImageError(f"{name} must have the shape (3, H, W), not {tuple(image.shape)}.")
-    if not image.is_floating_point() or not float(image.max()) <= 2.0:
-        raise ImageError(
-            f"{name} must be floats in [0, 1], but it is {image.dtype} up to "
-            f"{float(image.max()):g}: divide by 255."
-        )
-    return image.float()
+    try:
+        batch = gather(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+    if len(batch) != 1:
+        raise ImageError(f"{name} must be one image, not {len(batch)}.")
+    return unit_floats(batch.detach().cpu(), torch.device("cpu"))[0].float()
 
 
 def checked_camera(K: Tensor, image: Tensor) -> Camera:

@@ -24,9 +24,10 @@ from equifeat.eval.tracking_picture import draw_points
 from equifeat.eval.tracking_protocols import REFERENCE_WIDTH
 from equifeat.geometry.pixels import SizeHW, inside, resize, scale_xy
 from equifeat.model.feature_map import FeatureMap
-from equifeat.video_files import VideoFrames
+from equifeat.model.inputs import OneImage
+from equifeat.video_files import Frame, VideoFrames
 
-Video = Tensor | Iterable[Tensor] | str | Path
+Video = Tensor | Iterable[OneImage | Frame] | str | Path
 _CELL_WIDTH, _MOST_SHOWN = 240, 40
 _TRACKER = TrackerOptions(temperature=0.05)
 
@@ -83,8 +84,8 @@ def track(
 
     Args:
         model: Anything with ``dense(images, resolution)``, such as `equifeat.load` gives.
-        frames: A (T, 3, H, W) tensor, any iterable of (3, H, W) tensors, RGB in [0, 1], of one
-            size, or a video file.
+        frames: A (T, 3, H, W) tensor, anything that gives images of one size when iterated
+            (tensors, arrays, PIL images, files, `equifeat.VideoFrames`), or a video file.
         queries_xyt: (N, 3) x and y in pixels (the first centre is 0.5) and the frame, from 0.
         options: How.
 
@@ -92,7 +93,7 @@ def track(
         Tracks on the CPU.
 
     Raises:
-        ImageError: A frame is not (3, H, W) in [0, 1] or of another size, or there is none.
+        ImageError: A frame is no image or of another size, or there is none.
         KeypointError: A query lies outside the image or the video.
     """
     options = options or TrackOptions()
@@ -206,12 +207,10 @@ class _Features:
         return flat.view(self.count, *self._shape)
 
 
-def _frames(frames: Video) -> Iterator[Tensor]:
-    if isinstance(frames, (str, Path)):
-        for frame in VideoFrames(frames):
-            yield torch.from_numpy(frame.image).permute(2, 0, 1).float().div_(255.0)
-    else:
-        yield from frames
+def _frames(frames: Video) -> Iterator[OneImage]:
+    items = VideoFrames(frames) if isinstance(frames, str | Path) else frames
+    for item in items:
+        yield item.image if isinstance(item, Frame) else item
 
 
 def _check_inside(queries: Tensor, size_hw: SizeHW) -> None:

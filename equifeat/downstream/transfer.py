@@ -14,6 +14,7 @@ from equifeat.eval.features import Dense, FeatureSource
 from equifeat.eval.locate import MatchMethod, MatchSpec, locate
 from equifeat.eval.protocol import FeatureSpec
 from equifeat.geometry.pixels import SizeHW, inside, resize
+from equifeat.model.inputs import OneImage
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class TransferredKeypoints(NamedTuple):
 @torch.no_grad()
 def transfer(
     model: Dense,
-    image0: Tensor,
+    image0: OneImage,
     keypoints0: Tensor,
-    image1: Tensor,
+    image1: OneImage,
     options: TransferOptions | None = None,
     *,
     mask0: Tensor | None = None,
@@ -79,9 +80,9 @@ def transfer(
 
     Args:
         model: Anything with ``dense(images, resolution)``, such as `equifeat.load` gives.
-        image0: (3, H0, W0) RGB in [0, 1].
+        image0: A tensor (3, H0, W0), an array (H0, W0, 3), a PIL image or a file.
         keypoints0: (N, 2) xy in pixels of image 0; the first pixel's centre is (0.5, 0.5).
-        image1: (3, H1, W1) RGB in [0, 1].
+        image1: The same, of any size.
         options: How.
         mask0: (H0, W0) where the object is in image 0; None for everywhere. Ways back end there.
         mask1: (H1, W1) where the object is in image 1; None for everywhere. Places are found there.
@@ -90,23 +91,23 @@ def transfer(
         Places in image 1, on the CPU.
 
     Raises:
-        ImageError: An image is not (3, H, W) in [0, 1].
+        ImageError: An image is none.
         KeypointError: A keypoint lies outside image 0, or the shape is wrong.
         CorrespondenceError: A mask is empty or not of its image's size.
     """
     options = options or TransferOptions()
-    image0, image1 = checked_image(image0, "image 0"), checked_image(image1, "image 1")
+    pixels0, pixels1 = checked_image(image0, "image 0"), checked_image(image1, "image 1")
     keypoints0 = torch.as_tensor(keypoints0).detach().cpu().float()
-    _check_keypoints(keypoints0, (int(image0.shape[-2]), int(image0.shape[-1])))
+    _check_keypoints(keypoints0, (int(pixels0.shape[-2]), int(pixels0.shape[-1])))
     source = FeatureSource(model, FeatureSpec(options.resolution, overlap=options.overlap))
-    map0, map1 = source(image0), source(image1)
+    map0, map1 = source(pixels0), source(pixels1)
     specs = [
         MatchSpec(options.method, options.temperature, options.window * max(one.stride))
         for one in (map0, map1)
     ]
     grids = [_grid(one.size_hw, options.stride) for one in (map0, map1)]
     masks = [
-        _on_grid(m, i, grids[k], k) for k, (m, i) in enumerate(((mask0, image0), (mask1, image1)))
+        _on_grid(m, i, grids[k], k) for k, (m, i) in enumerate(((mask0, pixels0), (mask1, pixels1)))
     ]
     device = map1.features.device
     there = locate(map0.sample(keypoints0[None].to(device))[0], map1, specs[1], grids[1], masks[1])

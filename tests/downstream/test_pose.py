@@ -139,7 +139,7 @@ def test_nothing_to_see_is_no_pose_and_bad_input_is_one_sentence(tmp_path: Path)
     image, depth = view.image[None], view.depth[None]
     for arguments, error, words in (
         ((255 * image, depth, K, pose), ImageError, "divide by 255"),
-        ((image[:, :1], depth, K, pose), ImageError, r"\(3, H, W\)"),
+        ((image[:, :1], depth, K, pose), ImageError, "image 0: images must have the shape"),
         ((image, depth[:, ::2], K, pose), ViewsError, "image's size"),
         ((image, depth, K[:2], pose), ViewsError, "calibration"),
         ((image, depth, K, 2 * pose), ViewsError, "no scale"),

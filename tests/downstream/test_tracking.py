@@ -148,7 +148,7 @@ def test_bad_input_is_one_sentence() -> None:
         track(oracle, [], queries)
     with pytest.raises(ImageError, match=r"frame 1 has the size \(140, 139\)"):
         track(oracle, [frames[0], frames[1][..., :-1]], queries)
-    with pytest.raises(ImageError, match="frame 0 must be floats"):
+    with pytest.raises(ImageError, match="frame 0: images must be floats"):
         track(oracle, [frames[0] * 255], queries)
     with pytest.raises(RecipeError, match="memory_mb=0"):
         TrackOptions(memory_mb=0)

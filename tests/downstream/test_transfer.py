@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data_prep.procedural import make_object
@@ -14,6 +17,7 @@ from equifeat.data.object_views import View
 from equifeat.downstream.transfer import TransferOptions, transfer
 from equifeat.errors import CorrespondenceError, ImageError, KeypointError, RecipeError
 from equifeat.eval.controls import CoordinateOracle, RandomFeatures
+from equifeat.model.extractor import build_extractor
 from tests.downstream.scenes import dinov2, render, ring, seen_at, stretched, surface_points
 
 STRETCH = (0.85, 1.15, 1.0)
@@ -115,11 +119,26 @@ def test_bad_input_is_one_sentence() -> None:
         transfer(oracle, view0.image, torch.tensor([[5.0, 5.0], [224.0, 3.0]]), view1.image)
     with pytest.raises(KeypointError, match=r"\(N, 2\)"):
         transfer(oracle, view0.image, xy[0], view1.image)
-    with pytest.raises(ImageError, match="image 1 must have the shape"):
-        transfer(oracle, view0.image, xy, view1.image[None])
+    with pytest.raises(ImageError, match="image 1 must be one image, not 2"):
+        transfer(oracle, view0.image, xy, torch.stack([view1.image, view1.image]))
+    with pytest.raises(ImageError, match="image 1: images must have the shape"):
+        transfer(oracle, view0.image, xy, view1.image[:1])
     with pytest.raises(CorrespondenceError, match="mask1"):
         transfer(oracle, view0.image, xy, view1.image, mask1=view1.mask[1:])
     with pytest.raises(CorrespondenceError, match="no place"):
         transfer(oracle, view0.image, xy, view1.image, mask1=torch.zeros(224, 224))
     with pytest.raises(RecipeError, match="stride=0"):
         TransferOptions(stride=0.0)
+
+
+def test_images_of_any_kind_give_the_same(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    file = tmp_path / "a.png"
+    Image.fromarray(pixels).save(file)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1) / 255.0
+    keypoints = torch.tensor([[10.0, 12.0], [40.5, 20.5]])
+    model = build_extractor("test_vit", "random", lora_blocks=0).eval()
+    expected = transfer(model, tensor, keypoints, tensor)
+    for image in (pixels, Image.fromarray(pixels), file, str(file)):
+        found = transfer(model, image, keypoints, image)
+        assert torch.equal(found.keypoints1, expected.keypoints1)
