@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
@@ -77,7 +79,8 @@ def run_fit(fit: Fit, more: Mapping[str, str], running: list[Any] | None = None)
 def run_here(fits: Sequence[Fit], jobs: int, gpus: Sequence[str] = ()) -> Iterator[Ended]:
     """Run fits on this machine, several at a time.
 
-    When this generator is closed or interrupted, running fits are asked to save and stop.
+    When this generator is closed, or the process is interrupted or terminated, running fits are
+    asked to save and stop.
 
     Args:
         fits: The fits.
@@ -109,7 +112,7 @@ def run_here(fits: Sequence[Fit], jobs: int, gpus: Sequence[str] = ()) -> Iterat
         finally:
             free.put(gpu)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with _sigterm_ends(), ThreadPoolExecutor(jobs) as pool:
         left: set[Future[Ended]] = {pool.submit(one, fit) for fit in fits}
         try:
             while left:
@@ -118,6 +121,23 @@ def run_here(fits: Sequence[Fit], jobs: int, gpus: Sequence[str] = ()) -> Iterat
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             _stop(running)
+
+
+@contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, so that its fits are stopped and not left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _stop(running: list[subprocess.Popen[bytes]]) -> None:

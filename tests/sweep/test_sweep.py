@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from equifeat.checkpoint import load_model
@@ -126,7 +127,8 @@ def test_one_sweep_at_a_time_in_a_folder(sweep: Path) -> None:
     process.communicate("")
 
 
-def test_interrupted_it_saves_and_goes_on(sweep: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_saves_and_goes_on(sweep: Path, number: int, code: int) -> None:
     recipe = json.loads(Path("base.yaml").read_text())
     recipe["trainer"]["max_steps"] = 4000
     Path("base.yaml").write_text(json.dumps(recipe))
@@ -141,12 +143,16 @@ def test_interrupted_it_saves_and_goes_on(sweep: Path) -> None:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    (fit,) = psutil.Process(process.pid).children()
+    process.send_signal(number)
     process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
+    assert not fit.is_running()
     steps = max(int(path.stem.partition("=")[2]) for path in checkpoints.glob("*.ckpt"))
     assert 0 < steps < 4000
     assert "saved" in Path("out/logs/residual_seed_0.log").read_text()
+    if number == signal.SIGTERM:
+        return
     # steps may change on resume, so the end comes within reach
     recipe["trainer"]["max_steps"] = steps + 2
     Path("base.yaml").write_text(json.dumps(recipe))
