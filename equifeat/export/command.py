@@ -7,9 +7,9 @@ from typing import Literal, cast, get_args
 
 from equifeat.checkpoint import read_config
 from equifeat.errors import ExportError
+from equifeat.export.graph import Dynamic
 
 Format = Literal["timm", "peft", "transformers", "onnx", "torch-export", "hub"]
-Dynamic = Literal["none", "batch", "size"]
 
 _GRAPH = {"height", "width", "dynamic", "half", "weights"}
 # Options that a format takes, beside --out.

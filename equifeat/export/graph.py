@@ -7,7 +7,7 @@ with two small matrices, so that a runtime needs no antialiased resize of its ow
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,6 +26,29 @@ from equifeat.model.compiled import run_block
 from equifeat.model.extractor import FeatureExtractor
 
 Side = int | torch.SymInt
+
+Dynamic = Literal["none", "batch", "size"]
+"""What may change from call to call: nothing, the batch, or batch, height and width."""
+
+
+def check_dynamic(dynamic: str, size_hw: SizeHW | None) -> None:
+    """Refuse options of a graph's size that make no sense.
+
+    Args:
+        dynamic: One of `Dynamic`.
+        size_hw: Height and width that were asked for, or None.
+
+    Raises:
+        ExportError: There is no such choice, or a free size has a size.
+    """
+    if dynamic not in get_args(Dynamic):
+        kinds = ", ".join(get_args(Dynamic))
+        raise ExportError(f"dynamic must be one of {kinds}, not {dynamic!r}")
+    if dynamic == "size" and size_hw is not None:
+        raise ExportError(
+            f"dynamic 'size' takes images of every size, but height and width {size_hw[0]} and "
+            f"{size_hw[1]} are given too: leave out one of the two"
+        )
 
 
 class DenseGraph(nn.Module):

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,13 @@ from equifeat._version import __version__
 from equifeat.checkpoint import PIXEL_CONVENTION, load_model
 from equifeat.errors import ExportError, import_extra
 from equifeat.export.foreign import check_out, facts
-from equifeat.export.graph import KeypointGraph, keypoint_graph
+from equifeat.export.graph import Dynamic, KeypointGraph, check_dynamic, keypoint_graph
 from equifeat.export.half import to_half
 from equifeat.export.onnx_check import DENSE, KEYPOINTS, Case, compare
 from equifeat.export.onnx_readme import readme
 from equifeat.files import atomic_folder, sha256_of
 from equifeat.geometry.pixels import SizeHW
 from equifeat.model.extractor import FeatureExtractor
-
-Dynamic = Literal["none", "batch", "size"]
 
 FORMAT = "equifeat-onnx"
 VERSION = 1
@@ -84,7 +82,9 @@ def export_onnx(
     """
     out = Path(out)
     check_out(out)
-    _check_options(size_hw, dynamic, keypoints)
+    check_dynamic(dynamic, size_hw)
+    if keypoints is not None and keypoints < 1:
+        raise ExportError(f"keypoints must be 1 or more points an image, not {keypoints}")
     for package in ("onnx", "onnxscript", *(("onnxruntime",) if check else ())):
         import_extra(package, "onnx", _PURPOSE)
     extractor = load_model(folder, weights=weights)
@@ -115,19 +115,6 @@ class _Both(nn.Module):
 
     def forward(self, images: Tensor, keypoints: Tensor) -> tuple[Tensor, Tensor]:
         return self.points.both(images, keypoints)
-
-
-def _check_options(size_hw: SizeHW | None, dynamic: str, keypoints: int | None) -> None:
-    if dynamic not in get_args(Dynamic):
-        kinds = ", ".join(get_args(Dynamic))
-        raise ExportError(f"dynamic must be one of {kinds}, not {dynamic!r}")
-    if dynamic == "size" and size_hw is not None:
-        raise ExportError(
-            f"dynamic 'size' takes images of every size, but height and width "
-            f"{size_hw[0]} and {size_hw[1]} are given too: leave out one of the two"
-        )
-    if keypoints is not None and keypoints < 1:
-        raise ExportError(f"keypoints must be 1 or more points an image, not {keypoints}")
 
 
 def _traced(graph: KeypointGraph, plan: _Plan) -> Any:

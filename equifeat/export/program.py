@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from equifeat._version import __version__
 from equifeat.checkpoint import PIXEL_CONVENTION, load_model, read_config
 from equifeat.errors import ExportError
 from equifeat.export.foreign import check_out
-from equifeat.export.graph import keypoint_graph
+from equifeat.export.graph import Dynamic, check_dynamic, keypoint_graph
 from equifeat.export.half import to_half
 from equifeat.export.program_readme import program_readme
 from equifeat.files import atomic_folder
@@ -30,7 +30,6 @@ from equifeat.geometry.pixels import SizeHW
 from equifeat.model.extractor import FeatureExtractor
 from equifeat.progress import progress
 
-Dynamic = Literal["none", "batch", "size"]
 FORMAT, VERSION = "equifeat-torch-export", 1
 CONFIG, CARD = "config.json", "README.md"
 DENSE, KEYPOINTS = "dense", "keypoints"
@@ -92,14 +91,7 @@ def export_program(
     """
     folder, out = Path(folder), Path(out)
     check_out(out)
-    if dynamic not in get_args(Dynamic):
-        choices = ", ".join(get_args(Dynamic))
-        raise ExportError(f"dynamic must be one of {choices}, not {dynamic!r}")
-    if dynamic == "size" and size_hw is not None:
-        raise ExportError(
-            f"dynamic 'size' takes images of every size, but height and width {size_hw[0]} and "
-            f"{size_hw[1]} are given too: leave out one of the two"
-        )
+    check_dynamic(dynamic, size_hw)
     if aoti:
         _need_compiler()
     config = read_config(folder)

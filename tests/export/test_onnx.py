@@ -21,6 +21,7 @@ from torch import Tensor
 import equifeat
 from equifeat.errors import CheckpointError, ExportError, MissingExtraError
 from equifeat.export import onnx_
+from equifeat.export.graph import check_dynamic
 from equifeat.export.onnx_ import export_onnx
 from equifeat.export.onnx_check import Case, compare
 from equifeat.files import sha256_of
@@ -296,7 +297,7 @@ def test_options_that_make_no_sense(
 
 def test_an_unknown_kind_of_freedom() -> None:
     with pytest.raises(ExportError, match="dynamic must be one of none, batch, size, not 'shape'"):
-        onnx_._check_options(None, "shape", None)
+        check_dynamic("shape", None)
 
 
 def test_folders_that_make_no_sense(fixed: Fixed, tmp_path: Path) -> None:
