@@ -6,7 +6,6 @@ crashes and GPUs behave alike. Ray only has to cope with nodes that go.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from data_prep.farm import Limits, Task, TaskFunction
 from data_prep.farm_local import LocalWorker
 from data_prep.farm_worker import Fault, Reply
 from equifeat.errors import MissingExtraError, RenderError
+from equifeat.ray_cluster import join_cluster
 
 # Of Ray's own: for nodes that go, not for objects that fail.
 _NODE_RETRIES = 5
@@ -68,7 +68,10 @@ class RayEngine:
         self._limits = limits
         self._ours = not ray.is_initialized()
         if self._ours:
-            _connect(ray, address, workers)
+            try:
+                join_cluster(ray, address, num_cpus=workers, object_store_memory=_OBJECT_STORE)
+            except ConnectionError as error:
+                raise RenderError(str(error)) from error
         total = self._ray.cluster_resources()
         cores = max(1.0, total.get("CPU", 1.0))
         slots = min(cores, workers or cores)
@@ -111,26 +114,3 @@ class RayEngine:
         if self._ours:
             self._ours = False
             self._ray.shutdown()
-
-
-def _connect(ray: Any, address: str | None, workers: int | None) -> None:
-    """Join the cluster at an address; without one, that which is found, or a new one here."""
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(address=address or "auto", **quiet)
-        return
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if address is not None or "RAY_ADDRESS" in os.environ:
-            where = address or os.environ["RAY_ADDRESS"]
-            reason = (str(error).splitlines() or [""])[0]
-            raise RenderError(
-                f"address {where!r}: no Ray cluster answers there ({reason}); "
-                "start one with `ray start --head`"
-            ) from error
-    ray.init(
-        num_cpus=workers,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE,
-        _node_ip_address="127.0.0.1",
-        **quiet,
-    )

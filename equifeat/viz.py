@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float
@@ -30,6 +29,7 @@ from equifeat.geometry.camera import invert, relative, transform
 from equifeat.geometry.covisibility import correspond
 from equifeat.geometry.pixels import SizeHW, crop, pixel_centers, pixel_index, resize, scale_xy
 from equifeat.metrics import box_normalizer, matching_errors, pck
+from equifeat.pca_colors import fit_basis
 
 _GROUND = 238  # Background of an object in a coloured cell.
 _MARGIN = 1.12  # Side of the drawn window over the object's.
@@ -135,25 +135,16 @@ def pca_rgb(
         sign of a component is chosen so that its skewness is positive.
     """
     b, d, h, w = features.shape
-    rows = F.normalize(features.detach().float().cpu(), dim=1).permute(0, 2, 3, 1).reshape(-1, d)
+    rows = features.detach().float().cpu().permute(0, 2, 3, 1).reshape(-1, d)
     on = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask.cpu().reshape(-1)
     out = torch.zeros(len(rows), 3)
-    out[on] = _components(rows[on])
+    out[on] = _pca_colors(rows[on])
     return out.reshape(b, h, w, 3)
 
 
-def _components(rows: Tensor) -> Tensor:
-    """(N, D) to (N, 3) in [0, 1]."""
-    if not len(rows):
-        return torch.zeros(0, 3)
-    centered = (rows - rows.mean(0)).double()
-    _, vectors = torch.linalg.eigh(centered.mT @ centered)
-    shown = centered @ vectors[:, -3:].flip(1)
-    # The sign of an eigenvector is arbitrary and would flip colours between machines.
-    shown *= torch.where(shown.pow(3).sum(0) < 0, -1.0, 1.0)
-    shown = F.pad(shown, (0, 3 - shown.shape[1]))
-    ends = torch.from_numpy(np.quantile(shown.numpy(), [0.02, 0.98], axis=0))
-    return ((shown - ends[0]) / (ends[1] - ends[0]).clamp_min(1e-9)).clamp(0.0, 1.0).float()
+def _pca_colors(rows: Tensor) -> Tensor:
+    """(N, D) to (N, 3) in [0, 1]; a view may show no object at all."""
+    return fit_basis(rows).colors(rows) if len(rows) else torch.zeros(0, 3)
 
 
 def transfer_picture(
@@ -249,10 +240,10 @@ def pca_picture(
     rows = [[_photo(view, w, cell) for view, w in zip(views, windows, strict=True)]]
     for maps in features.values():
         found = [
-            F.normalize(m.sample(xy[None].to(_device(m)))[0].float(), dim=-1).cpu()
+            m.sample(xy[None].to(_device(m)))[0].float().cpu()
             for m, (_, _, xy) in zip(maps, shapes, strict=True)
         ]
-        colors = torch.split(_components(torch.cat(found)), [len(f) for f in found])
+        colors = torch.split(_pca_colors(torch.cat(found)), [len(f) for f in found])
         rows.append(
             [_fill(shape, on, c, cell) for (shape, on, _), c in zip(shapes, colors, strict=True)]
         )

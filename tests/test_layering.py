@@ -22,6 +22,7 @@ BASE = [
     "image_files",
     "video_files",
     "recipe_files",
+    "ray_cluster",
 ]
 SIBLINGS = ["data", "model", "loss", "metrics"]
 MIDDLE = [*BASE, "geometry", *SIBLINGS]
@@ -43,6 +44,8 @@ ALLOWED: dict[str, list[str]] = {
     "image_files": ["errors"],
     "video_files": ["errors"],
     "recipe_files": ["errors", "files"],
+    "ray_cluster": [],
+    "pca_colors": [],
     "options": ["errors"],
     "geometry": [*BASE, "geometry"],
     "data": [*BASE, "geometry", "data"],
@@ -61,14 +64,14 @@ ALLOWED: dict[str, list[str]] = {
     "export": [*TOP],
     "draw": [*BASE, "geometry"],
     "draw_matches": [*BASE, "geometry", "draw"],
-    "viz": [*UPPER, "eval", *DRAW],
+    "viz": [*UPPER, "eval", *DRAW, "pca_colors"],
     "report": [*BASE, "draw", "viz"],
     "hub": [*BASE, "geometry", "model", "checkpoint"],
     "reference_file": [*BASE, "model"],
     "reference_checkpoint": [*BASE, "model", "reference_file"],
     "convert": [*MIDDLE, "checkpoint", "reference_checkpoint", "reference_file"],
     "downstream": [*MIDDLE, "checkpoint", "eval", *DRAW],
-    "features": [*MIDDLE, "checkpoint", "eval", "options", *DRAW, "viz"],
+    "features": [*MIDDLE, "checkpoint", "eval", "options", "pca_colors"],
     "commands": [*TOP, "downstream"],
     "submit": [*TOP],
     "demo_report": [*TOP],

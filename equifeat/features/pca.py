@@ -6,13 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -22,65 +20,13 @@ from equifeat.features.formats import Store
 from equifeat.features.reader import read
 from equifeat.features.resume import BASIS
 from equifeat.files import atomic_file
+from equifeat.pca_colors import Basis, fit_basis
 from equifeat.progress import progress
 
 _IMAGES = 2048  # The basis is fitted to features of at most so many images …
 _ROWS = 32768  # … and to so many features, some 100 MB of a large model.
 _SIDE = 1024  # Longer side of a picture at most.
 _THREADS = 4
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Three directions in feature space, and how they become colours.
-
-    Args:
-        mean: (D,) mean of L2-normalised features.
-        vectors: (D, 3) directions of largest variance, orthonormal.
-        low: (3,) value that becomes 0.
-        high: (3,) value that becomes 1.
-    """
-
-    mean: Tensor
-    vectors: Tensor
-    low: Tensor
-    high: Tensor
-
-    def colors(self, features: Tensor) -> Tensor:
-        """Return colours.
-
-        Args:
-            features: (D, h, w).
-
-        Returns:
-            (h, w, 3) in [0, 1].
-        """
-        rows = F.normalize(features.float(), dim=0).permute(1, 2, 0)
-        shown = (rows - self.mean) @ self.vectors
-        return ((shown - self.low) / (self.high - self.low).clamp_min(1e-9)).clamp(0.0, 1.0)
-
-
-def fit_basis(rows: Tensor) -> Basis:
-    """Fit a basis.
-
-    Args:
-        rows: (N, D) features, at least one.
-
-    Returns:
-        The basis; each component goes from its 2nd to its 98th percentile, and its sign is chosen
-        so that its skewness is positive.
-    """
-    rows = F.normalize(rows.float(), dim=1)
-    mean = rows.mean(0)
-    centered = (rows - mean).double()
-    _, vectors = torch.linalg.eigh(centered.mT @ centered)
-    vectors = F.pad(vectors[:, -3:].flip(1), (0, max(0, 3 - vectors.shape[1])))
-    shown = centered @ vectors
-    # The sign of an eigenvector is arbitrary and would flip colours between machines.
-    sign = torch.where(shown.pow(3).sum(0) < 0, -1.0, 1.0)
-    ends = np.quantile((shown * sign).numpy(), [0.02, 0.98], axis=0)
-    low, high = torch.from_numpy(ends).float()
-    return Basis(mean, (vectors * sign).float(), low, high)
 
 
 def draw_all(store: Store, names: Sequence[str], key: str, fresh: bool) -> int:
@@ -125,7 +71,7 @@ def _sample(store: Store, names: Sequence[str]) -> Iterator[Tensor]:
 
 def _draw(store: Store, basis: Basis, name: str) -> None:
     found = read(store.path(name))
-    colors = (basis.colors(found.features[0]) * 255).round().byte().numpy()
+    colors = (basis.colors(found.features[0].permute(1, 2, 0)) * 255).round().byte().numpy()
     scale = min(1.0, _SIDE / max(found.size_hw))
     height, width = (max(1, round(side * scale)) for side in found.size_hw)
     picture = Image.fromarray(colors).resize((width, height), Image.Resampling.NEAREST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from queue import Queue
 from typing import Any, NamedTuple
 
 from equifeat.errors import RecipeError, import_extra
+from equifeat.ray_cluster import join_cluster
 
 # A fit saves within one step after SIGTERM; then it is killed.
 _STOP_SECONDS = 120.0
@@ -173,7 +173,10 @@ def run_on_ray(
     ray = import_extra("ray", "ray", "--engine ray")
     ours = not ray.is_initialized()
     if ours:
-        _connect(ray, address)
+        try:
+            join_cluster(ray, address)
+        except ConnectionError as error:
+            raise RecipeError(f"--{error}") from error
     folder = Path.cwd()
 
     def one(fit: Fit) -> Ended:
@@ -198,20 +201,6 @@ def run_on_ray(
             ray.cancel(reference, force=True)
         if ours:
             ray.shutdown()
-
-
-def _connect(ray: Any, address: str | None) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(address=address or os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if address is not None or "RAY_ADDRESS" in os.environ:
-            reason = (str(error).splitlines() or [""])[0]
-            raise RecipeError(
-                f"--address {address or os.environ['RAY_ADDRESS']!r}: no Ray cluster answers there "
-                f"({reason}); start one with `ray start --head`"
-            ) from error
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
 
 
 def queued(job: str) -> bool:

@@ -15,8 +15,8 @@ from PIL import Image
 import equifeat.features
 from equifeat.cli import run
 from equifeat.errors import ImageError
-from equifeat.features.pca import fit_basis
 from equifeat.image_files import read_pixels
+from equifeat.pca_colors import fit_basis
 from equifeat.video_files import VideoFrames
 from equifeat.viz import pca_rgb
 from tests.features.made import MODEL, compute, model, write_image, write_images
@@ -113,7 +113,7 @@ def test_pictures_share_one_basis(tmp_path: Path) -> None:
 
 def test_a_basis_of_few_or_equal_features() -> None:
     for rows in (torch.ones(1, 8), torch.ones(50, 8), torch.rand(50, 2)):
-        colors = fit_basis(rows).colors(rows.mT[:, None])
+        colors = fit_basis(rows).colors(rows[None])
         assert colors.shape == (1, len(rows), 3)
         assert colors.isfinite().all()
         assert 0.0 <= colors.min() <= colors.max() <= 1.0
