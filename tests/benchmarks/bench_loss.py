@@ -1,4 +1,4 @@
-"""Time and memory of smooth_ap against the plain form of the same mathematics, in one process.
+"""Time and memory of the losses, and of plain forms of smooth_ap, in one process.
 
 Run: python -m tests.benchmarks.bench_loss [--device cuda] [--repeats 5]
 """
@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from equifeat.loss import count_positives, smooth_ap
+from equifeat.loss import (
+    count_positives,
+    info_nce,
+    multi_positive_ap,
+    smooth_ap,
+    soft_labels,
+    transport,
+)
 from tests.eval.allocations import Allocations
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -116,6 +123,9 @@ def main() -> None:
                 f"  {form.__name__:8s} {seconds:.4f} s ({seconds / ours:.1f}x), "
                 f"{mib:.0f} MiB ({mib / ours_mib:.1f}x), value differs by {difference:.1e}\n"
             )
+        for other in (multi_positive_ap, info_nce, soft_labels, transport):
+            seconds, mib = measure(other, case, options.repeats)
+            out(f"  {other.__name__:17s} {seconds:.4f} s ({seconds / ours:.1f}x), {mib:.0f} MiB\n")
 
 
 if __name__ == "__main__":

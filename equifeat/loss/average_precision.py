@@ -1,10 +1,4 @@
-"""Losses on descriptors of two views whose 3D points are known: SmoothAP and InfoNCE.
-
-Both call two pixels a positive pair when their object points are at most ``pos_radius`` apart, a
-negative pair when they are farther apart than ``neg_radius``, and ignore what lies between. Only
-view 0 → view 1 is scored, as in the reference (3DCorrEnhance, arXiv 2411.19458). Descriptors of
-other pairs may be given as further negatives; they never are positives.
-"""
+"""SmoothAP as in the published code of 3DCorrEnhance (arXiv 2411.19458)."""
 
 from __future__ import annotations
 
@@ -15,13 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equifeat.errors import RecipeError
-
-# Elements of one block of (positives, M): on a CPU a block should stay in the cache, on an
-# accelerator it should be large enough to fill it.
-_CPU_BLOCK = 2**17
-_DEVICE_BLOCK = 2**24
-# Stands for minus infinity where gradients must stay finite.
-_FAR = -1e30
+from equifeat.loss.pairs import FAR, ExtraNegatives, Problem, check_options, pairs_of, rows_at_once
 
 
 class SmoothAPTerms(NamedTuple):
@@ -39,98 +27,6 @@ class SmoothAPTerms(NamedTuple):
     num_positives: int
     mean_ap: Tensor
     top1: Tensor
-
-
-class ExtraNegatives(NamedTuple):
-    """Descriptors of other pairs that a pair's view 0 is compared with.
-
-    Attributes:
-        descriptors: (E, D) L2-normalised, with their graph.
-        points3d: (E, 3) their points in the coordinates of their own object.
-        same_object: (E,) true where that object is the pair's own: such a descriptor is a negative
-            only beyond neg_radius. Points of any other object always are.
-    """
-
-    descriptors: Tensor
-    points3d: Tensor
-    same_object: Tensor
-
-
-class _Problem(NamedTuple):
-    """Rows of view 0 that have a positive, and their pairs sorted by row.
-
-    Attributes:
-        similarity: (R, M + E) with its graph, float32 or float64; extra negatives come last.
-        negative: (R, M + E).
-        row: (P,) index into the R rows, ascending.
-        col: (P,) index into the M descriptors.
-        single: Whether every row has exactly one positive.
-    """
-
-    similarity: Tensor
-    negative: Tensor
-    row: Tensor
-    col: Tensor
-    single: bool
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _within(points3d0: Tensor, points3d1: Tensor, radius: float) -> Tensor:
-    """(N, M) booleans: at most the radius apart."""
-    # Differences, axis by axis: the matrix-product form is wrong by 3e-4, far too much for a
-    # radius of 5e-3, and cdist's exact form is several times slower than this on a CPU.
-    p0, p1 = _upcast(points3d0.detach()), _upcast(points3d1.detach())
-    out = torch.empty(len(p0), len(p1), dtype=torch.bool, device=p0.device)
-    rows = _rows_at_once(len(p1), p0.device)
-    for start in range(0, len(p0), rows):
-        block = p0[start : start + rows]
-        total = (block[:, None, 0] - p1[None, :, 0]).square_()
-        for axis in (1, 2):
-            total += (block[:, None, axis] - p1[None, :, axis]).square_()
-        torch.le(total, radius**2, out=out[start : start + rows])
-    return out
-
-
-def _rows_at_once(columns: int, device: torch.device) -> int:
-    block = _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
-    return max(1, block // max(1, columns))
-
-
-def _check(pos_radius: float, neg_radius: float, tau: float) -> None:
-    if not 0.0 < pos_radius <= neg_radius:
-        raise RecipeError(
-            f"pos_radius={pos_radius} and neg_radius={neg_radius} must satisfy "
-            "0 < pos_radius ≤ neg_radius."
-        )
-    if not tau > 0.0:
-        raise RecipeError(f"the temperature is {tau}, but it must be greater than 0.")
-
-
-def _problem(
-    descriptors0: Tensor,
-    descriptors1: Tensor,
-    points3d0: Tensor,
-    points3d1: Tensor,
-    pos_radius: float,
-    neg_radius: float,
-    extra: ExtraNegatives | None,
-) -> _Problem:
-    pairs_row, col = _within(points3d0, points3d1, pos_radius).nonzero(as_tuple=True)
-    rows, row = torch.unique_consecutive(pairs_row, return_inverse=True)
-    single = len(rows) == len(pairs_row)
-    if len(rows) < len(points3d0):
-        descriptors0, points3d0 = descriptors0[rows], points3d0[rows]
-    negative = _within(points3d0, points3d1, neg_radius).logical_not_()
-    descriptors1 = _upcast(descriptors1)
-    if extra is not None:
-        near = _within(points3d0, extra.points3d, neg_radius).logical_and_(extra.same_object)
-        negative = torch.cat([negative, near.logical_not_()], dim=1)
-        descriptors1 = torch.cat([descriptors1, _upcast(extra.descriptors)])
-    similarity = _upcast(descriptors0) @ descriptors1.mT
-    return _Problem(similarity, negative, row, col, single)
 
 
 class _SmoothAP(torch.autograd.Function):
@@ -217,22 +113,6 @@ def _soft_steps(
     return (similarity - reference).div_(tau).sigmoid_().mul_(negative)
 
 
-def count_positives(
-    points3d0: Float[Tensor, "n 3"], points3d1: Float[Tensor, "m 3"], pos_radius: float = 5e-3
-) -> int:
-    """Count the pairs that are at most a radius apart.
-
-    Args:
-        points3d0: Object points of view 0.
-        points3d1: Object points of view 1.
-        pos_radius: Largest distance of a positive pair in object units.
-
-    Returns:
-        Number of positive pairs.
-    """
-    return int(_within(points3d0, points3d1, pos_radius).sum())
-
-
 def smooth_ap_terms(
     descriptors0: Float[Tensor, "n d"],
     descriptors1: Float[Tensor, "m d"],
@@ -282,7 +162,7 @@ def smooth_ap_terms(
         nan = loss.new_full((), float("nan"))
         return SmoothAPTerms(loss, 0, nan, nan)
     similarity = problem.similarity.detach()
-    hardest = similarity.masked_fill(~problem.negative, _FAR).amax(1)
+    hardest = similarity.masked_fill(~problem.negative, FAR).amax(1)
     top1 = (similarity[problem.row, problem.col] > hardest[problem.row]).to(loss.dtype).mean()
     return SmoothAPTerms(loss, len(problem.row), 1.0 - loss.detach(), top1)
 
@@ -360,83 +240,22 @@ def _smooth_ap(
     variant: str,
     chunk: int | None,
     extra: ExtraNegatives | None,
-) -> tuple[Tensor, _Problem]:
-    _check(pos_radius, neg_radius, tau)
+) -> tuple[Tensor, Problem]:
+    check_options(pos_radius, neg_radius, tau)
     if variant != "reference":
         raise RecipeError(f"variant={variant!r} is unknown: the only one is 'reference'.")
     if chunk is not None and chunk < 1:
         raise RecipeError(f"chunk={chunk} must be at least 1.")
     with torch.autocast(device_type=descriptors0.device.type, enabled=False):
-        problem = _problem(
+        problem = pairs_of(
             descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius, extra
         )
         similarity = problem.similarity
         if not len(problem.row):
             return similarity.sum(), problem
         if chunk is None:
-            chunk = _rows_at_once(similarity.shape[1], similarity.device)
+            chunk = rows_at_once(similarity.shape[1], similarity.device)
         loss = _SmoothAP.apply(
             similarity, problem.negative, problem.row, problem.col, problem.single, tau, chunk
         )
     return cast(Tensor, loss), problem
-
-
-def info_nce(
-    descriptors0: Float[Tensor, "n d"],
-    descriptors1: Float[Tensor, "m d"],
-    points3d0: Float[Tensor, "n 3"],
-    points3d1: Float[Tensor, "m 3"],
-    *,
-    temperature: float = 0.05,
-    pos_radius: float = 5e-3,
-    neg_radius: float = 0.1,
-    extra: ExtraNegatives | None = None,
-) -> Float[Tensor, ""]:
-    """Return InfoNCE with several positives a row, averaged over the positive pairs.
-
-    Each positive (i, j) is classified against the negatives N of its row alone; positives of one
-    row do not compete, and points between the radii count for nothing:
-
-        -log( exp(s_ij / T) / (exp(s_ij / T) + Σ_N exp(s_ik / T)) )
-
-    With one positive a row and every other point a negative this is the usual InfoNCE
-    (arXiv 1807.03748). Half types are computed in float32, also under autocast.
-
-    Args:
-        descriptors0: (N, D) L2-normalised descriptors of view 0.
-        descriptors1: (M, D) L2-normalised descriptors of view 1.
-        points3d0: (N, 3) their points in object coordinates.
-        points3d1: (M, 3) likewise.
-        temperature: Temperature T.
-        pos_radius: Positives are at most this far apart, in object units.
-        neg_radius: Negatives are farther apart than this.
-        extra: Further negatives from other pairs.
-
-    Returns:
-        Scalar ≥ 0; 0 with zero gradients when there is no positive.
-
-    Raises:
-        RecipeError: A radius or temperature that makes no sense.
-    """
-    _check(pos_radius, neg_radius, temperature)
-    with torch.autocast(device_type=descriptors0.device.type, enabled=False):
-        problem = _problem(
-            descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius, extra
-        )
-        if not len(problem.row):
-            return problem.similarity.sum()
-        logits = problem.similarity / temperature
-        others = logits.masked_fill(~problem.negative, _FAR).logsumexp(1)
-        gap = others[problem.row] - logits[problem.row, problem.col]
-        # Not softplus, which is only linear beyond 20.
-        return torch.logaddexp(gap, torch.zeros_like(gap)).mean()
-
-
-__all__ = [
-    "ExtraNegatives",
-    "SmoothAPTerms",
-    "count_positives",
-    "info_nce",
-    "smooth_ap",
-    "smooth_ap_terms",
-]

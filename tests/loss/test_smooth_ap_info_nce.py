@@ -13,41 +13,15 @@ from torch import Tensor
 
 from equifeat.errors import RecipeError
 from equifeat.loss import (
-    ExtraNegatives,
     count_positives,
     info_nce,
     smooth_ap,
     smooth_ap_terms,
 )
 from tests.eval.allocations import Allocations
+from tests.loss.cases import Inputs, crowded, extras, problem
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 LOSSES: list[Callable[..., Tensor]] = [smooth_ap, info_nce]
-
-
-def problem(
-    n: int, m: int, shared: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> Inputs:
-    """Points in a unit cube; the first `shared` of each view coincide up to a jitter of 1e-3."""
-    g = torch.Generator().manual_seed(seed)
-    p0 = torch.rand(n, 3, generator=g, dtype=torch.float64) - 0.5
-    p1 = torch.rand(m, 3, generator=g, dtype=torch.float64) - 0.5
-    p1[:shared] = p0[:shared] + 1e-3 * torch.rand(shared, 3, generator=g, dtype=torch.float64)
-    d0 = torch.randn(n, 8, generator=g, dtype=torch.float64)
-    d1 = torch.randn(m, 8, generator=g, dtype=torch.float64)
-    d1[:shared] += 1.5 * d0[:shared]
-    d0, d1 = (F.normalize(d, dim=-1).to(dtype).requires_grad_() for d in (d0, d1))
-    return d0, d1, p0.to(dtype), p1.to(dtype)
-
-
-def crowded(n: int, m: int, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Few distinct places, so that a row has many positives."""
-    d0, d1, _, _ = problem(n, m, min(n, m) // 2, dtype=dtype)
-    g = torch.Generator().manual_seed(7)
-    places = torch.rand(4, 3, generator=g, dtype=torch.float64)
-    p0 = places[torch.randint(4, (n,), generator=g)]
-    p1 = places[torch.randint(4, (m,), generator=g)]
-    return d0, d1, p0.to(dtype), p1.to(dtype)
 
 
 def sigma(x: Tensor, tau: float) -> Tensor:
@@ -124,28 +98,6 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        problem(12, 9, 0, dtype=torch.float32),
-        problem(12, 9, 1, dtype=torch.float32),
-        problem(1, 1, 1, dtype=torch.float32),
-        problem(0, 5, 0, dtype=torch.float32),
-        problem(5, 0, 0, dtype=torch.float32),
-        crowded(9, 9, dtype=torch.float32),
-    ],
-)
-def test_degenerate_inputs_give_finite_gradients(case: Inputs, loss: Callable[..., Tensor]) -> None:
-    value = loss(*case)
-    assert value.shape == ()
-    assert value.isfinite()
-    for grad in torch.autograd.grad(value, case[:2]):
-        assert grad.isfinite().all()
-    if count_positives(*case[2:]) == 0:
-        assert float(value.detach()) == 0.0
-
-
-@pytest.mark.parametrize("loss", LOSSES)
 def test_identical_points_everywhere_have_no_negatives(loss: Callable[..., Tensor]) -> None:
     d0, d1, _, _ = problem(6, 6, 3, dtype=torch.float32)
     value = loss(d0, d1, torch.zeros(6, 3), torch.zeros(6, 3))
@@ -164,22 +116,6 @@ def test_extreme_similarities_do_not_overflow() -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(value, (d0, d1)))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_half_types_and_autocast_compute_in_float32(loss: Callable[..., Tensor]) -> None:
-    case = problem(40, 40, 30, dtype=torch.float32)
-    full = loss(*case)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(*case)
-    assert inside.dtype == torch.float32
-    assert torch.equal(full, inside)
-    half0, half1 = (d.detach().bfloat16().requires_grad_() for d in case[:2])
-    value = loss(half0, half1, *case[2:])
-    assert value.dtype == torch.float32
-    again = loss(half0.detach().float(), half1.detach().float(), *case[2:])
-    torch.testing.assert_close(value.detach(), again)
-    assert torch.autograd.grad(value, half0)[0].dtype == torch.bfloat16
-
-
 def test_terms() -> None:
     case = problem(40, 50, 30)
     terms = smooth_ap_terms(*case)
@@ -193,18 +129,6 @@ def test_terms() -> None:
     none = smooth_ap_terms(*problem(5, 5, 0))
     assert none.num_positives == 0
     assert math.isnan(float(none.mean_ap))
-
-
-def extras(inputs: Inputs, count: int) -> ExtraNegatives:
-    """Descriptors of other pairs: half of another object, half of the same one."""
-    d0, _, p0, _ = inputs
-    g = torch.Generator().manual_seed(11)
-    d = F.normalize(torch.randn(count, 8, generator=g, dtype=torch.float64), dim=-1).to(d0.dtype)
-    points = torch.rand(count, 3, generator=g, dtype=torch.float64).to(p0.dtype) - 0.5
-    same = torch.arange(count) % 2 == 0
-    # Every fourth lies where a point of the pair is, once on its object and once on another one.
-    points[::4], points[1::4] = p0[0] + 1e-4, p0[0] + 1e-4
-    return ExtraNegatives(d.requires_grad_(), points, same)
 
 
 @pytest.mark.parametrize(("tau", "loss"), [(0.05, smooth_ap), (0.2, info_nce)])
@@ -239,26 +163,6 @@ def test_extra_negatives_are_columns_that_are_never_positive(
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
         assert a.abs().sum() > 0
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_no_extra_negatives_and_no_positives_with_them(loss: Callable[..., Tensor]) -> None:
-    case = problem(12, 9, 6)
-    assert torch.equal(loss(*case, extra=extras(case, 0)), loss(*case))
-    none = problem(12, 9, 0)
-    extra = extras(none, 5)
-    value = loss(*none, extra=extra)
-    assert float(value.detach()) == 0.0
-    # The graph reaches them all the same: under DDP every rank must take part.
-    for grad in torch.autograd.grad(value, (*none[:2], extra.descriptors)):
-        assert not grad.any()
-
-
-def test_better_descriptors_have_a_smaller_loss() -> None:
-    d0, d1, p0, p1 = problem(64, 64, 64)
-    perfect = d0.detach()
-    for loss in LOSSES:
-        assert float(loss(perfect, perfect, p0, p1)) < float(loss(d0, d1, p0, p1).detach())
 
 
 def test_gradient_descent_lowers_the_loss() -> None:
