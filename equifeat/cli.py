@@ -48,6 +48,17 @@ COMMANDS = {
         "data_prep.check:check_views_command", "find faults in posed views", ("folders",)
     ),
     "pack": Command("data_prep.pack:pack_command", "views to Parquet shards", ("views",)),
+    "category-pairs": Command(
+        "data_prep.category_pairs:category_pairs_command",
+        "views of different objects of one category, in pairs",
+        ("views",),
+        ("--view_change",),
+    ),
+    "photographs": Command(
+        "data_prep.photographs:photographs_command",
+        "photographs seen from other sides, with homographies",
+        optional=("photographs",),
+    ),
     "recipes": Command(
         "equifeat.recipe_files:recipes_command", "list or copy the recipes", optional=("names",)
     ),
@@ -71,6 +82,9 @@ COMMANDS = {
     ),
     "evaluate geometric": Command(
         _EVALUATE, "two views: NAVI, ScanNet, HPatches, pose AUC", task="geometric", **_SCORED
+    ),
+    "evaluate probes": Command(
+        _EVALUATE, "linear probes, the raw ViT's ranking", task="probes", **_SCORED
     ),
     "evaluate all": Command(
         "equifeat.evaluate:suite_command", "every task of a suite file", optional=("--model",)
@@ -110,6 +124,7 @@ _HELP = {
     "meshes": "mesh files, folders or globs",
     "model": "model folders, timm names, oracle or random; NAME=WHAT[,WHAT] for several seeds",
     "sources": "images, videos, folders, globs, .txt lists",
+    "photographs": "names of known photographs, pictures or folders; without any, all known ones",
     "layers": "blocks whose tokens are taken, as list indices; -1 is the last",
     "set": "options of the protocol to change, each option=value",
 }
