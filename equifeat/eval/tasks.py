@@ -13,6 +13,7 @@ TASKS = {
     "tracking": "equifeat.eval.tracking:TRACKING",
     "semantic": "equifeat.eval.semantic:SEMANTIC",
     "geometric": "equifeat.eval.geometric:GEOMETRIC",
+    "probes": "equifeat.eval.probes:PROBES",
 }
 
 
