@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from kornia.geometry.transform import warp_affine
 from torch import Tensor
 
+from equifeat.data.lighting import relight
 from equifeat.errors import RecipeError
 from equifeat.geometry.camera import Camera
 from equifeat.geometry.pixels import (
@@ -78,6 +79,8 @@ class Augment:
         color_p: Probability of a change of brightness and contrast.
         brightness: Largest change of brightness (1 = white); darkening stops at half of the mean.
         contrast: Largest relative change of contrast.
+        light_p: Probability of light on the object from a random direction.
+        light: Largest relative change of brightness by it.
     """
 
     affine_p: float = 0.5
@@ -93,9 +96,11 @@ class Augment:
     color_p: float = 0.5
     brightness: float = 0.2
     contrast: float = 0.2
+    light_p: float = 0.0
+    light: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("affine_p", "blur_p", "noise_p", "clahe_p", "color_p"):
+        for name in ("affine_p", "blur_p", "noise_p", "clahe_p", "color_p", "light_p"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise RecipeError(
                     f"augment.{name} is {getattr(self, name)}: a probability is between 0 and 1"
@@ -103,7 +108,7 @@ class Augment:
         for name in ("shift", "rotate_deg", "blur_sigma", "noise_std", "brightness"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"augment.{name} is {getattr(self, name)}: use 0 or more")
-        for name in ("scale", "contrast"):
+        for name in ("scale", "contrast", "light"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise RecipeError(f"augment.{name} is {getattr(self, name)}: use 0 to below 1")
         if not 1.0 <= self.clahe_clip < math.inf:
@@ -294,7 +299,7 @@ def augment_view(
 ) -> AugmentedView:
     """Move a view and everything that belongs to it, then change its background and colours.
 
-    Order: affine, background, colours; a black background is black again afterwards.
+    Order: light, affine, background, colours; a black background is black again afterwards.
 
     Args:
         image: RGB in [0, 1].
@@ -311,6 +316,12 @@ def augment_view(
     """
     changed = False
     size_hw = camera.size_hw
+    if augment and augment.light_p:
+        # A stream of its own: all other random numbers are the same with and without light.
+        of_light = rng.spawn(1)[0]
+        if of_light.random() < augment.light_p:
+            image = relight(image, mask, depth, camera, augment.light, of_light)
+            changed = True
     A = augment.draw_affine(size_hw, rng) if augment else None
     if A is not None:
         image = warp(image, A)

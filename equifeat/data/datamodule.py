@@ -157,7 +157,8 @@ class PairDataModule(pl.LightningDataModule):
         seed: Seed of the draws; None follows seed_everything in a recipe and is 0 elsewhere.
         batch_size: Pairs in a batch of one rank.
         num_workers: Loader processes of one rank; any number gives the same draws.
-        sampler: "covisible" (true matches) or "reference" (independent mask pixels).
+        sampler: "covisible" (true matches), "hard" (true matches, half of them in clusters) or
+            "reference" (independent mask pixels).
         num_keypoints: Keypoints a view.
         min_keypoints: Fewer than this in a view make another pair of views be drawn.
         min_angle_deg: Smallest view change of a pair in degrees.
@@ -170,6 +171,10 @@ class PairDataModule(pl.LightningDataModule):
             "mvimgnet" or "co3d".
         pin_memory: Copy batches to pinned memory, for a GPU.
         captures: How photographs (colmap, mvimgnet, co3d) are read; None for the defaults.
+        hard_radius: Radius of the clusters of sampler "hard", in object units.
+        curriculum_draws: Training draws over which the largest view change grows linearly from
+            `curriculum_start_deg` to `max_angle_deg`; 0 for none.
+        curriculum_start_deg: Largest view change of the first draw.
     """
 
     def __init__(
@@ -191,6 +196,9 @@ class PairDataModule(pl.LightningDataModule):
         layout: Layout = "auto",
         pin_memory: bool = False,
         captures: CaptureOptions | None = None,
+        hard_radius: float = 0.15,
+        curriculum_draws: int = 0,
+        curriculum_start_deg: float = 30.0,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -217,6 +225,9 @@ class PairDataModule(pl.LightningDataModule):
         self.layout: Layout = layout
         self.pin_memory = pin_memory
         self.captures = captures
+        self.hard_radius = hard_radius
+        self.curriculum_draws = curriculum_draws
+        self.curriculum_start_deg = curriculum_start_deg
         self.train_source: PairSource | None = None
         self.val_source: PairSource | None = None
 
@@ -234,6 +245,7 @@ class PairDataModule(pl.LightningDataModule):
             "sampler": self.sampler,
             "num_keypoints": self.num_keypoints,
             "angles_deg": [self.min_angle_deg, self.max_angle_deg],
+            "curriculum_draws": self.curriculum_draws,
             "augment": self.augment is not None,
             "background": self.background,
             "batch_size": self.batch_size,
@@ -300,6 +312,9 @@ class PairDataModule(pl.LightningDataModule):
             background=self.background if training else "black",
             length=self.draws_per_epoch if training else self.val_draws,
             stream=0 if training else 1,
+            hard_radius=self.hard_radius,
+            curriculum_draws=self.curriculum_draws if training else 0,
+            curriculum_start_deg=self.curriculum_start_deg,
         )
 
     def _loader(self, source: PairSource, training: bool) -> DrawLoader:

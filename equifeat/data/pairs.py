@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,15 +15,17 @@ from torch.utils.data import Dataset
 
 from equifeat.data.augment import Augment, AugmentedView, augment_view, check_background
 from equifeat.data.tracks import DrawnKeypoints, draw_keypoints
+from equifeat.data.view_pairs import Curriculum, pairs_in_range, sharing
 from equifeat.data.views import ObjectViews, View
-from equifeat.errors import CorrespondenceError, RecipeError, ViewsError
+from equifeat.errors import CorrespondenceError, RecipeError, ViewsError, suggest
 from equifeat.geometry.camera import Camera, invert, relative, rotation_angle_deg, transform
 from equifeat.geometry.covisibility import correspond, limits_of_steps
 from equifeat.geometry.pixels import SizeHW, pixel_centers
 from equifeat.seeding import numpy_generator
 
-Sampler = Literal["covisible", "reference"]
+Sampler = Literal["covisible", "reference", "hard"]
 _ATTEMPTS = 20  # view pairs tried within one draw
+_CENTERS = 2  # of the clusters of sampler "hard"
 
 
 @dataclass
@@ -41,8 +44,8 @@ class Pair:
         camera1: See camera0.
         cam1_from_cam0: (4, 4) transform from camera 0 to camera 1.
         keypoints0: (N, 2) xy pixels of image0.
-        keypoints1: (M, 2) xy pixels of image1. Sampler "covisible": M = N and row n is the true
-            match of keypoints0[n].
+        keypoints1: (M, 2) xy pixels of image1. Samplers "covisible" and "hard": M = N and row n is
+            the true match of keypoints0[n].
         points3d0: (N, 3) object coordinates of keypoints0.
         points3d1: (M, 3) object coordinates of keypoints1.
         draw: Index of the draw.
@@ -86,8 +89,9 @@ class PairSource(Dataset[Pair]):
         objects: Objects to choose from, each equally often.
         seed: Seed of the run.
         sampler: "covisible": pixel centres of view 0 and where the same surface points lie in
-            view 1, tested for visibility; or "reference": mask pixels drawn independently in each
-            view.
+            view 1, tested for visibility; "hard": the same, but half of them from a few clusters,
+            so that more negatives are near; or "reference": mask pixels drawn independently in
+            each view.
         num_keypoints: Keypoints a view; "covisible" gives fewer where fewer pixels are covisible.
         min_angle_deg: Smallest view change (rotation angle between the cameras).
         max_angle_deg: Largest view change; the reference skips pairs above 120.
@@ -96,6 +100,11 @@ class PairSource(Dataset[Pair]):
         length: Draws of one epoch: len() of this dataset. Any draw ≥ 0 may be asked for.
         min_keypoints: Fewer keypoints than this in a view make another pair be tried.
         stream: Further number of the random streams; training is 0, validation 1.
+        hard_radius: Radius of the clusters of "hard", in object units.
+        curriculum_draws: Draws over which the largest view change grows linearly to
+            `max_angle_deg`; 0 for all of it from the start.
+        curriculum_start_deg: Where it begins. An object without a pair that near gives its
+            narrowest pairs.
 
     Raises:
         ViewsError: No objects, or one of them without a pair of views in the range of angles.
@@ -115,11 +124,18 @@ class PairSource(Dataset[Pair]):
         background: str = "black",
         min_keypoints: int = 32,
         stream: int = 0,
+        hard_radius: float = 0.15,
+        curriculum_draws: int = 0,
+        curriculum_start_deg: float = 30.0,
     ) -> None:
         if not objects:
             raise ViewsError("no objects to draw pairs from: give a folder with rendered views")
-        if sampler not in ("covisible", "reference"):
-            raise RecipeError(f"sampler {sampler!r} is unknown: use covisible or reference")
+        samplers = get_args(Sampler)
+        if sampler not in samplers:
+            raise RecipeError(
+                f"sampler must be one of {', '.join(samplers)}, not {sampler!r}."
+                f"{suggest(str(sampler), samplers)}"
+            )
         if seed < 0:
             raise RecipeError(f"seed is {seed}: use 0 or more")
         if min(num_keypoints, min_keypoints, length) < 1:
@@ -132,6 +148,8 @@ class PairSource(Dataset[Pair]):
                 f"view change from {min_angle_deg} to {max_angle_deg} degrees is no range: "
                 "use 0 ≤ min_angle_deg ≤ max_angle_deg"
             )
+        if not 0.0 < hard_radius < math.inf:
+            raise RecipeError(f"hard_radius is {hard_radius}: use more than 0, in object units")
         check_background(background)
         self.objects = list(objects)
         self.seed = seed
@@ -142,10 +160,14 @@ class PairSource(Dataset[Pair]):
         self.augment = augment
         self.background = background
         self.length = length
-        self._pairs = _pairs_in_range(self.objects, min_angle_deg, max_angle_deg)
-        if sampler == "covisible":
+        self.hard_radius = hard_radius
+        # Row n of both views is one point of the surface.
+        self.matched = sampler != "reference"
+        self._curriculum = Curriculum(curriculum_draws, curriculum_start_deg, max_angle_deg)
+        self._pairs = pairs_in_range(self.objects, min_angle_deg, max_angle_deg)
+        if self.matched:
             each = zip(self.objects, self._pairs, strict=True)
-            self._pairs = [_sharing(views, pairs, self.min_keypoints) for views, pairs in each]
+            self._pairs = [sharing(views, pairs, self.min_keypoints) for views, pairs in each]
 
     def __len__(self) -> int:
         return self.length
@@ -175,17 +197,23 @@ class PairSource(Dataset[Pair]):
             raise IndexError(f"draw {i}: draws count from 0")
         which = int(numpy_generator(self.seed, self.stream, i, 0).integers(len(self.objects)))
         views, pairs = self.objects[which], self._pairs[which]
+        if i < self._curriculum.draws:
+            pairs = pairs.up_to(self._curriculum.limit_deg(i))
         tried: list[tuple[int, int, int]] = []
         for attempt in range(_ATTEMPTS):
             rng = numpy_generator(self.seed, self.stream, i, 1, attempt)
-            index0, index1 = (int(v) for v in pairs[int(rng.integers(len(pairs)))])
+            index0, index1 = (int(v) for v in pairs.indices[int(rng.integers(len(pairs)))])
             view0, view1 = views.view(index0), views.view(index1)
             if views.tracks is None:
                 found = self._sample(view0, view1, views.depth_step, rng)
             else:
-                matched, masks = self.sampler == "covisible", (view0.mask, view1.mask)
-                at = (index0, index1)
-                found = draw_keypoints(views.tracks, at, masks, self.num_keypoints, matched, rng)
+                at, masks = (index0, index1), (view0.mask, view1.mask)
+                every = len(views.tracks.points3d)
+                count = every if self.sampler == "hard" else self.num_keypoints
+                found = draw_keypoints(views.tracks, at, masks, count, self.matched, rng)
+            if self.sampler == "hard":
+                rows = self._clustered(found.points3d0, rng)
+                found = DrawnKeypoints(*(values[rows] for values in found))
             pair = self._augmented(views.name, (index0, index1), (view0, view1), found, i, attempt)
             count = min(len(pair.keypoints0), len(pair.keypoints1))
             if count >= self.min_keypoints:
@@ -201,7 +229,7 @@ class PairSource(Dataset[Pair]):
     def _sample(
         self, view0: View, view1: View, depth_step: float, rng: np.random.Generator
     ) -> DrawnKeypoints:
-        xy0, z0 = self._mask_pixels(view0, rng, all_of_them=self.sampler == "covisible")
+        xy0, z0 = self._mask_pixels(view0, rng, all_of_them=self.matched)
         if self.sampler == "reference":
             xy1, z1 = self._mask_pixels(view1, rng, all_of_them=False)
             points0, points1 = _lift(view0, xy0, z0), _lift(view1, xy1, z1)
@@ -217,11 +245,27 @@ class PairSource(Dataset[Pair]):
             *limits_of_steps(depth_step, view0.camera, nearest),
         )
         rows = found.covisible.nonzero()[:, 0]
-        if len(rows) > self.num_keypoints:
+        # Of "hard" all are given, to choose clusters from.
+        if self.sampler != "hard" and len(rows) > self.num_keypoints:
             chosen = rng.choice(len(rows), self.num_keypoints, replace=False)
             rows = rows[torch.from_numpy(np.sort(chosen))]
         points = _lift(view0, xy0[rows], z0[rows]).contiguous()
         return DrawnKeypoints(xy0[rows].contiguous(), found.xy[rows].contiguous(), points, points)
+
+    def _clustered(self, points: Tensor, rng: np.random.Generator) -> Tensor:
+        """Rows of sampler "hard": half of all points, then of those near a few of them.
+
+        Where the clusters hold too few points, the rest is of all again.
+        """
+        if len(points) <= self.num_keypoints:
+            return torch.arange(len(points))
+        order = torch.from_numpy(rng.permutation(len(points)))
+        half = self.num_keypoints - self.num_keypoints // 2
+        distance = torch.cdist(points[order], points[order[:_CENTERS]])
+        near = (distance < self.hard_radius).any(dim=1)
+        near[:half] = True  # taken anyway
+        chosen = torch.cat([order[near], order[~near]])[: self.num_keypoints]
+        return chosen.sort().values
 
     def _mask_pixels(
         self, view: View, rng: np.random.Generator, all_of_them: bool
@@ -262,7 +306,7 @@ class PairSource(Dataset[Pair]):
             )
         ]
         kept0, kept1 = out[0].kept, out[1].kept
-        if self.sampler == "covisible":
+        if self.matched:
             # A true match needs both of its ends.
             kept0 = kept1 = kept0 & kept1
         cam1_from_cam0 = relative(views[0].cam_from_world, views[1].cam_from_world)
@@ -299,43 +343,3 @@ def _center_columns(size_hw: SizeHW) -> Tensor:
 def _lift(view: View, xy: Tensor, z: Tensor) -> Tensor:
     """Lift pixels to object coordinates."""
     return transform(invert(view.cam_from_world), view.camera.unproject(xy, z))
-
-
-def _pairs_in_range(
-    objects: Sequence[ObjectViews], min_deg: float, max_deg: float
-) -> list[np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
-    """(P, 2) ordered pairs of different views of every object, computed once a set of poses."""
-    known: dict[bytes, np.ndarray[tuple[int, int], np.dtype[np.int64]]] = {}
-    out = []
-    for views in objects:
-        poses = views.cam_from_world.double()
-        key = poses.numpy().tobytes()
-        if key not in known:
-            angle = rotation_angle_deg(relative(poses[:, None], poses[None])[..., :3, :3])
-            # The slack keeps views that are exactly on the limit whatever the rounding.
-            ok = (angle >= min_deg - 1e-3) & (angle <= max_deg + 1e-3)
-            ok.fill_diagonal_(False)
-            known[key] = np.asarray(ok.nonzero().numpy(), dtype=np.int64)
-        if len(known[key]) == 0:
-            raise ViewsError(
-                f"{views.where}: no two views are {min_deg} to {max_deg} degrees apart; change "
-                "min_angle_deg or max_angle_deg, or render more views"
-            )
-        out.append(known[key])
-    return out
-
-
-def _sharing(
-    views: ObjectViews, pairs: np.ndarray[tuple[int, int], np.dtype[np.int64]], least: int
-) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Those of the pairs whose views share enough points; what lazy tracks say is not asked for."""
-    tracks = views.tracks
-    if tracks is None or not isinstance(tracks.point_ids, list):
-        return pairs
-    enough = pairs[tracks.shared_counts().numpy()[pairs[:, 0], pairs[:, 1]] >= least]
-    if len(enough) == 0:
-        raise ViewsError(
-            f"{views.where}: no two views in the range of angles share {least} points of its "
-            "reconstruction; lower min_keypoints, widen the angles or leave the object out"
-        )
-    return enough

@@ -48,7 +48,8 @@ class ExportModel(pl.Callback):
     def _save(self, module: pl.LightningModule, folder: Path, step: int) -> None:
         if not isinstance(module, EquivariantFinetune):
             raise TypeError(f"ExportModel exports EquivariantFinetune, not {type(module).__name__}")
-        save_model(module.extractor, folder, recipe=recipe_of(module, step))
+        with module.averaged():
+            save_model(module.extractor, folder, recipe=recipe_of(module, step))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the untrained model when step 0 was asked for."""

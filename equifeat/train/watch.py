@@ -177,10 +177,10 @@ class Watch(pl.Callback):
 
     @contextmanager
     def _apart(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Leave random numbers and modes of the training as they are."""
+        """Take the averaged weights; leave all of the training as it is."""
         modes = [(part, part.training) for part in pl_module.modules()]
         cuda = pl_module.device.type == "cuda"
-        with isolate_rng(include_cuda=cuda), torch.no_grad():
+        with isolate_rng(include_cuda=cuda), torch.no_grad(), _module(pl_module).averaged():
             pl_module.eval()
             yield
         for part, training in modes:
@@ -281,7 +281,8 @@ class Watch(pl.Callback):
                 "this model": _means(result, NOW),
             },
         }
-        save_model(_extractor(pl_module), self.best_folder, recipe, facts)
+        with _module(pl_module).averaged():
+            save_model(_extractor(pl_module), self.best_folder, recipe, facts)
 
     def _stop_if_exhausted(self, trainer: pl.Trainer, step: int) -> None:
         if not 0 < self.options.patience <= self.stale:
@@ -295,10 +296,14 @@ class Watch(pl.Callback):
             )
 
 
-def _extractor(module: pl.LightningModule) -> FeatureExtractor:
+def _module(module: pl.LightningModule) -> EquivariantFinetune:
     if not isinstance(module, EquivariantFinetune):
         raise TypeError(f"Watch watches EquivariantFinetune, not {type(module).__name__}")
-    return module.extractor
+    return module
+
+
+def _extractor(module: pl.LightningModule) -> FeatureExtractor:
+    return _module(module).extractor
 
 
 def _shards(trainer: pl.Trainer) -> bool:

@@ -18,6 +18,7 @@ from equifeat.data.augment import (
     draw_background,
     warp,
 )
+from equifeat.data.lighting import normals, relight
 from equifeat.errors import ImageError, RecipeError
 from equifeat.geometry.camera import Camera
 from equifeat.geometry.pixels import pixel_centers
@@ -202,9 +203,101 @@ def test_a_background_that_is_no_image_is_named(tmp_path: Path) -> None:
         ({"shift": -0.1}, r"augment\.shift is -0\.1"),
         ({"scale": 1.0}, r"augment\.scale is 1\.0"),
         ({"clahe_clip": 0.0}, r"augment\.clahe_clip is 0\.0"),
+        ({"light": 1.0}, r"augment\.light is 1\.0"),
+        ({"light_p": -0.5}, r"augment\.light_p is -0\.5"),
         ({"noise_std": math.nan}, r"augment\.noise_std is nan"),
     ],
 )
 def test_ranges_are_checked(options: dict[str, float], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Augment(**options)
+
+
+def sphere() -> tuple[Tensor, Tensor, Camera, Tensor]:
+    """Mask, depth, camera and true normals of a unit sphere three away."""
+    camera = Camera.from_focal(150.0, SIZE)
+    xy = pixel_centers(SIZE, dtype=torch.float64).reshape(-1, 2)
+    rays = camera.unproject(xy.float(), torch.ones(len(xy))).double()
+    unit = rays / rays.norm(dim=-1, keepdim=True)
+    along = 3.0 * unit[:, 2]
+    root = along.square() - 8.0
+    distance = along - root.clamp(min=0.0).sqrt()
+    points = unit * distance[:, None]
+    mask = (root > 0).reshape(SIZE)
+    depth = points[:, 2].reshape(SIZE).float() * mask
+    center = torch.tensor([0.0, 0.0, 3.0], dtype=torch.float64)
+    return mask, depth, camera, (points - center).reshape(*SIZE, 3)
+
+
+def test_normals_are_those_of_the_surface() -> None:
+    mask, depth, camera, truth = sphere()
+    found = normals(depth, camera)
+    assert not bool(found[~mask].any())
+    off = torch.rad2deg(torch.acos((found.double() * truth).sum(-1)[mask].clamp(-1.0, 1.0)))
+    # Half a pixel of a sphere of 50: 0.6 degrees in the middle, more at the outline.
+    assert float(off.median()) < 1.0
+    assert float(off.quantile(0.95)) < 5.0
+    # Steps of a depth picture hardly show in light that is smoothed.
+    coarse = (depth / 2e-3).round() * 2e-3
+    image = torch.full((3, *SIZE), 0.5)
+    lit = [
+        relight(image, mask, values, camera, 0.9, np.random.default_rng(3))
+        for values in (depth, coarse)
+    ]
+    assert float((lit[0] - lit[1]).abs().max()) < 0.05
+
+
+def test_light_brightens_one_side_and_darkens_the_other() -> None:
+    mask, depth, camera, truth = sphere()
+    image = torch.full((3, *SIZE), 0.5)
+    for seed in range(6):
+        lit = relight(image, mask, depth, camera, 0.4, np.random.default_rng(seed))
+        assert torch.equal(lit[:, ~mask], image[:, ~mask])
+        gain = (lit / image)[0].double()
+        assert float((gain[mask] - 1).abs().max()) <= 0.4 + 1e-6
+        # Lambert: linear in the normal, up to smoothing.
+        slope = torch.linalg.lstsq(truth[mask], (gain - 1)[mask][:, None]).solution
+        residual = (truth[mask] @ slope)[:, 0] - (gain - 1)[mask]
+        assert float(slope.norm()) <= 0.41
+        assert float(residual.abs().mean()) < 0.1 * float(slope.norm())
+
+
+def test_light_leaves_all_other_random_numbers_alone() -> None:
+    mask, depth, camera, _ = sphere()
+    image = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0)) * 0.5 * mask
+
+    def augmented(augment: Augment) -> Any:
+        rng = numpy_generator(0, 1)
+        return augment_view(image, mask, depth, camera, xy, augment, "noise", rng), rng.random()
+
+    xy = pixel_centers(SIZE)[mask][::37]
+    (dark, after), (lit, after_lit) = (
+        augmented(Augment(affine_p=1.0, light_p=p)) for p in (0.0, 1.0)
+    )
+    assert after == after_lit
+    assert torch.equal(dark.mask, lit.mask)
+    assert torch.equal(dark.keypoints, lit.keypoints)
+    assert not torch.equal(dark.image[:, dark.mask], lit.image[:, dark.mask])
+    only = run(dataclasses.replace(NOTHING, light_p=1.0))
+    assert only.changed
+    assert float(only.image[:, ~only.mask].abs().max()) == 0.0
+    assert sum(
+        run(dataclasses.replace(NOTHING, light_p=0.5), seed=s).changed for s in range(40)
+    ) in range(8, 33)
+
+
+def test_full_rotation_in_the_plane_alone() -> None:
+    augment = dataclasses.replace(NOTHING, affine_p=1.0, shift=0.0, scale=0.0, rotate_deg=180.0)
+    _, _, _, camera = scene()
+    turns = []
+    for seed in range(40):
+        out = run(augment, seed=seed)
+        A = out.camera.K.double() @ torch.linalg.inv(camera.K.double())
+        middle = torch.tensor([SIZE[1] / 2, SIZE[0] / 2], dtype=torch.float64)
+        assert torch.allclose(A[:2, :2] @ middle + A[:2, 2], middle, atol=1e-3)
+        assert float(torch.linalg.det(A)) == pytest.approx(1.0, abs=1e-5)
+        turns.append(math.degrees(math.atan2(float(A[1, 0]), float(A[0, 0]))))
+        column, row = out.keypoints[out.kept].long().unbind(-1)
+        assert float(out.mask[row, column].float().mean()) > 0.97  # rounded at the outline
+    assert min(turns) < -140
+    assert max(turns) > 140

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from equifeat.data.augment import Augment
 from equifeat.data.folder_views import FolderViews
 from equifeat.data.pairs import Pair, PairSource
+from equifeat.data.tracks import Tracks
 from equifeat.data.views import ObjectViews, View, open_views
 from equifeat.errors import CorrespondenceError, RecipeError, ViewsError
 from equifeat.geometry.camera import Camera, rotation_angle_deg, transform
@@ -259,3 +261,124 @@ def test_wrong_arguments_are_named(objects: list[ObjectViews]) -> None:
         PairSource(objects, min_angle_deg=90.0, max_angle_deg=10.0)
     with pytest.raises(RecipeError, match="background 'blue'"):
         PairSource(objects, background="blue")
+
+
+def near_share(pair: Pair) -> float:
+    """How many of the negatives lie just beyond neg_radius, of all pairs of keypoints."""
+    distance = torch.cdist(pair.points3d0, pair.points3d1)
+    negative = distance > 0.1
+    return float((negative & (distance < 0.2)).sum() / negative.sum())
+
+
+def test_the_hard_sampler_draws_true_matches_with_more_near_negatives(
+    objects: list[ObjectViews],
+) -> None:
+    share: dict[str, list[float]] = {"covisible": [], "hard": []}
+    sampler: Literal["covisible", "hard"]
+    for sampler in ("covisible", "hard"):
+        source = PairSource(objects, 3, sampler, num_keypoints=200, max_angle_deg=60.0)
+        for i in range(10):
+            pair = source.draw(i)
+            assert pair.keypoints0.shape == pair.keypoints1.shape == (200, 2)
+            assert torch.equal(pair.points3d0, pair.points3d1)
+            assert len(torch.unique(pair.keypoints0, dim=0)) == 200
+            pose1 = poses_of(objects, pair)[1]
+            found = camera64(pair.camera1).project(
+                transform(pose1.double(), pair.points3d0.double())
+            )
+            assert float((found - pair.keypoints1).norm(dim=-1).max()) < 1e-3
+            share[sampler].append(near_share(pair))
+        assert same(pair, PairSource(objects, 3, sampler, 200, max_angle_deg=60.0).draw(9))
+    assert np.mean(share["hard"]) > 1.05 * np.mean(share["covisible"])
+    # Fewer covisible pixels than keypoints: all of them, as without clusters.
+    all_of, clusters = (
+        PairSource(objects, 3, sampler, num_keypoints=20_000).draw(0)
+        for sampler in ("covisible", "hard")
+    )
+    assert same(all_of, clusters)
+
+
+def test_half_of_the_hard_keypoints_lie_in_clusters(
+    objects: list[ObjectViews], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("equifeat.data.pairs._CENTERS", 1)
+    source = PairSource(objects, 0, "hard", num_keypoints=200, hard_radius=0.2)
+    points = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    rows = source._clustered(points, np.random.default_rng(1))
+    assert len(rows) == len(set(rows.tolist())) == 200
+    drawn = torch.zeros(2000, dtype=torch.bool)
+    drawn[rows] = True
+    near = torch.cdist(points, points) < 0.2
+    whole = (near & ~drawn).sum(dim=1) == 0
+    # One ball, and it alone, was taken whole; the other half is spread over all.
+    center = int(whole.nonzero())
+    assert 20 < int(near[center].sum()) <= 100
+    assert int((drawn & ~near[center]).sum()) >= 95
+    assert len(source._clustered(points[:50], np.random.default_rng(1))) == 50
+
+
+def test_the_hard_sampler_draws_from_tracks(objects: list[ObjectViews]) -> None:
+    """Points that every view sees: what is drawn is a true match, and clustered."""
+    box = next(found for found in objects if found.name == "box")
+    points = 0.6 * torch.rand(3000, 3, generator=torch.Generator().manual_seed(0)) - 0.3
+
+    seen = [
+        camera64(box.view(i).camera).project(transform(pose.double(), points.double())).float()
+        for i, pose in enumerate(box.cam_from_world)
+    ]
+    tracked = copy.copy(box)
+    tracked.tracks = Tracks(seen, [torch.arange(len(points))] * len(seen), points)
+    share = {}
+    sampler: Literal["covisible", "hard"]
+    for sampler in ("covisible", "hard"):
+        source = PairSource([tracked], 0, sampler, num_keypoints=200, hard_radius=0.1)
+        drawn = [source.draw(i) for i in range(4)]
+        share[sampler] = np.mean([near_share(pair) for pair in drawn])
+        for pair in drawn:
+            assert len(pair.keypoints0) == 200
+            assert torch.equal(pair.points3d0, pair.points3d1)
+            pose1 = poses_of([tracked], pair)[1]
+            found = camera64(pair.camera1).project(
+                transform(pose1.double(), pair.points3d0.double())
+            )
+            assert float((found - pair.keypoints1).norm(dim=-1).max()) < 1e-3
+    assert share["hard"] > 1.05 * share["covisible"]
+
+
+def test_the_curriculum_widens_the_view_change(objects: list[ObjectViews]) -> None:
+    def make(draws: int) -> PairSource:
+        return PairSource(
+            objects,
+            4,
+            num_keypoints=64,
+            max_angle_deg=120.0,
+            curriculum_draws=draws,
+            curriculum_start_deg=45.0,
+        )
+
+    source, plain = make(40), make(0)
+    changes = [source.draw(i).view_change_deg for i in range(48)]
+    limits = [45.0 + min(i / 40, 1.0) * 75.0 for i in range(48)]
+    assert all(change <= limit + 1e-3 for change, limit in zip(changes, limits, strict=True))
+    assert max(changes[:8]) < 60.0 < 80.0 < max(changes[24:])
+    # Any order, any process; and behind its end a draw is that of a run without it.
+    assert same(make(40).draw(7), source.draw(7))
+    assert all(same(source.draw(i), plain.draw(i)) for i in (40, 41, 200))
+    assert not all(same(source.draw(i), plain.draw(i)) for i in range(8))
+
+
+def test_a_curriculum_below_every_pair_begins_with_the_narrowest(
+    objects: list[ObjectViews],
+) -> None:
+    least = min(float(pairs.angles_deg.min()) for pairs in PairSource(objects)._pairs)
+    source = PairSource(
+        objects, 0, num_keypoints=64, curriculum_draws=1000, curriculum_start_deg=1.0
+    )
+    assert least > 20.0
+    assert [source.draw(i).view_change_deg for i in range(5)] == pytest.approx([least] * 5, abs=0.1)
+    with pytest.raises(RecipeError, match=r"curriculum_start_deg is 130\.0: use 0 to .*\(120\.0\)"):
+        PairSource(objects, curriculum_draws=1, curriculum_start_deg=130.0)
+    with pytest.raises(RecipeError, match="curriculum_draws is -1"):
+        PairSource(objects, curriculum_draws=-1)
+    with pytest.raises(RecipeError, match=r"hard_radius is 0\.0"):
+        PairSource(objects, hard_radius=0.0)

@@ -20,6 +20,14 @@ from equifeat.train.checkpoints import checkpoints, read_checkpoint
 from equifeat.train.loggers import read_metrics
 
 BACKBONE = "test_vit.r160_in1k"
+# LoRA and a head, and a loss that logs an AP: all that a run can have, whatever the defaults are.
+EVERYTHING = {
+    "head": "residual",
+    "lora_rank": 4,
+    "loss": "smooth_ap",
+    "tau": 0.01,
+    "both_directions": False,
+}
 # Imports torch and Lightning once; every fit is a fork of that.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["equifeat.train.cli", "kornia.augmentation", "wandb"])
@@ -33,6 +41,7 @@ def recipe(folder: Path, views: Path, **changes: dict[str, Any]) -> Path:
         "model": {
             "backbone": BACKBONE,
             "weights": "random",
+            **EVERYTHING,
             "lr": 1e-3,
             "warmup_steps": 2,
             "schedule": "cosine",

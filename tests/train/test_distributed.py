@@ -27,6 +27,7 @@ from equifeat.train.negatives import check_negatives
 from equifeat.train.sharded import ShardedFrozenStrategy, check_strategy, shard_frozen
 from tests.helpers import ROOT
 from tests.synthetic import write_views
+from tests.train.runs import EVERYTHING
 
 STEPS = 5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -39,6 +40,8 @@ SPARSE: Options = {
     "data.min_keypoints": 1,
     "model.pos_radius": 0.02,
     "model.trunk_cache_mb": 16,
+    "model.preserve": "relations",
+    "model.ema_decay": 0.9,
     "data.val_draws": 4,
     "trainer.gradient_clip_val": 0.01,
 }
@@ -57,6 +60,8 @@ BATCH: Options = {
     "model.loss": "info_nce",
     "model.tau": 0.05,
     "model.head": "none",
+    "model.preserve": "relations",
+    "model.ema_decay": 0.9,
     "data.val_draws": 4,
 }
 
@@ -70,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "seed_everything": 0,
         "run": {"save_every": 1},
-        "model": {"backbone": "test_vit.r160_in1k", "weights": "random", "lr": 1e-3},
+        "model": {"backbone": "test_vit.r160_in1k", "weights": "random", **EVERYTHING, "lr": 1e-3},
         "data": {
             "views": str(root / "views"),
             "val_views": str(root / "views"),

@@ -16,6 +16,7 @@ from equifeat.train.checkpoints import checkpoints, read_checkpoint
 from equifeat.train.loggers import losses
 from equifeat.train.module import EquivariantFinetune
 from tests.synthetic import write_views
+from tests.train.runs import EVERYTHING
 
 BACKBONE = "test_vit.r160_in1k"
 
@@ -31,7 +32,7 @@ def recipe(folder: Path, views: Path, **model: object) -> Path:
     settings = {
         "seed_everything": 0,
         "run": {"dir": str(folder / "run"), "save_every": 2},
-        "model": {"backbone": BACKBONE, "weights": "random", "lr": 1e-3, **model},
+        "model": {"backbone": BACKBONE, "weights": "random", **EVERYTHING, "lr": 1e-3, **model},
         "data": {
             "views": str(views),
             "num_keypoints": 200,
