@@ -66,8 +66,8 @@ def demo(
     out: Path = Path("demo_out"),
     backbone: str = PACKAGED_BACKBONE,
     weights: str = "packaged",
-    head: Literal["none", "conv", "residual"] = "residual",
-    lr: float = 3e-4,
+    head: Literal["none", "conv", "residual"] = "none",
+    lr: float = 1e-3,
     renderer: Literal["auto", "pyrender", "embree"] = "auto",
     seed: int = 0,
 ) -> str:

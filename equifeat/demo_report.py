@@ -32,7 +32,7 @@ from equifeat.viz import (
     transfer_picture,
 )
 
-RAW, UNTRAINED = "raw ViT", "untrained head"
+RAW, UNTRAINED = "raw ViT", "untrained model"
 _PICTURED_OBJECTS, _PICTURED_VIEWS = 8, 4
 # Views nearer than this look alike to any model.
 _TELLING_ANGLE_DEG = 20.0
@@ -74,14 +74,14 @@ def summary(result: EquivarianceResult, steps: Sequence[int]) -> list[str]:
     lines = [
         f"On {objects} objects never seen in training, {last.removeprefix('after ')} on one object "
         f"take the raw ViT's {_change(result, RAW, last)}.",
-        f"Against the untrained head the change is {_change(result, UNTRAINED, last)}.",
+        f"Against the untrained model the change is {_change(result, UNTRAINED, last)}.",
     ]
     same = all(score.mean == 0 for score in result.difference(RAW, UNTRAINED).values())
     lines.append(
-        "The untrained head is exactly the raw ViT, so all of this is learned."
+        "The untrained model is exactly the raw ViT, so all of this is learned."
         if same
-        else f"The untrained head alone takes {_change(result, RAW, UNTRAINED)}: that part is the "
-        "random head, not learning."
+        else f"The untrained model alone takes {_change(result, RAW, UNTRAINED)}: that part is the "
+        "random start, not learning."
     )
     if 1 in steps and len(steps) > 1:
         one = result.difference(UNTRAINED, "after 1 step")
@@ -93,7 +93,7 @@ def summary(result: EquivarianceResult, steps: Sequence[int]) -> list[str]:
             else ("already helps a little" if gain else "does not help yet")
         )
         lines.append(
-            f"One step alone {verdict}: against the untrained head, "
+            f"One step alone {verdict}: against the untrained model, "
             f"{_change(result, UNTRAINED, 'after 1 step')}."
         )
     return lines
@@ -251,7 +251,7 @@ def demo_report(
             "Paired over objects; a gain is negative for APE and positive for PCDP.",
         ),
         Table(
-            "Change against the untrained head",
+            "Change against the untrained model",
             result.difference_cells(UNTRAINED),
             "Paired over objects.",
         ),

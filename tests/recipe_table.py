@@ -20,6 +20,7 @@ RECIPES = ROOT / "recipes"
 # What the estimates stand on; docs/recipes.md explains them.
 STEPS = 10_000
 TUNED_BLOCKS = 4
+LORA_RANK = 16  # of our recipes; the reference has 4 and a convolution
 H100_BF16 = 0.4 * 989e12
 H100_FP32 = 0.5 * 67e12
 DRAW_SECONDS = 0.0493  # one augmented draw at 512 px on one core, docs/performance.md
@@ -292,20 +293,21 @@ def shape(backbone: str) -> Shape:
     )
 
 
-def step_flops(of: Shape, patches: int, pairs: int) -> float:
+def step_flops(of: Shape, patches: int, pairs: int, conv: bool) -> float:
     """Operations of one training step: two images a pair, gradients through the last blocks."""
     tokens = patches + of.prefix
     linear, attention = 2.0 * of.block_params * tokens, 4.0 * tokens**2 * of.dim
     forward = of.depth * (linear + attention)
     # Frozen matrices need the gradient of their input only; attention is computed once more.
     backward = TUNED_BLOCKS * (linear + 2.5 * attention)
-    head = 3 * 2.0 * 9 * of.dim**2 * patches
+    head = 3 * 2.0 * 9 * of.dim**2 * patches if conv else 0.0
     return 2 * pairs * (forward + backward + head)
 
 
-def memory_gib(of: Shape, patches: int, pairs: int, per_value: int) -> int:
+def memory_gib(of: Shape, patches: int, pairs: int, per_value: int, conv: bool) -> int:
     """GPU memory in whole GiB: weights, trained ones with Adam, activations, 1 GiB of the rest."""
-    trained = 9 * of.dim**2 + of.dim + TUNED_BLOCKS * 2 * 2 * 4 * of.dim
+    rank, head = (4, 9 * of.dim**2 + of.dim) if conv else (LORA_RANK, 0)
+    trained = head + TUNED_BLOCKS * 2 * 2 * rank * of.dim
     activations = 2 * pairs * (patches + of.prefix) * of.dim * per_value
     return math.ceil((4 * of.params + 16 * trained + activations) / 2**30 + 1)
 
@@ -341,21 +343,22 @@ def render(entry: Entry) -> str:
     if entry.reference:
         return _render_reference(entry, of)
     patches, pairs = 40 * 40, 4
-    flops = step_flops(of, patches, pairs)
+    flops = step_flops(of, patches, pairs, conv=False)
     compute, loading = flops / H100_BF16, pairs * DRAW_SECONDS / WORKERS
     bound = "the loader" if loading > compute else "the GPU"
     first = [f"{entry.title} on the rendered views of many objects: our defaults."]
     lines = _common_header(
         entry,
         first,
-        memory_gib(of, patches, pairs, BYTES_BF16),
+        memory_gib(of, patches, pairs, BYTES_BF16, conv=False),
         f"at least {_hours(max(compute, loading))} for {STEPS:,} steps on one H100 (estimate; "
         f"{flops / 1e12:.1f} TFLOP a step;",
         f"limited by {bound}).",
     )
     lines += [
-        "Numbers:   none known for this recipe.",
-        "Not yet measured: this recipe on any GPU, and whether it beats the paper's settings.",
+        "Numbers:   none known for this backbone and size; docs/recipe.md has DINOv2-S at 448 px,",
+        "           where these choices were made against the published ones.",
+        "Not yet measured: this recipe on any GPU.",
         "docs/recipes.md says how the estimates are made. The same command resumes.",
     ]
     return (
@@ -367,15 +370,16 @@ run:
 model:
   backbone: {entry.backbone}
   weights: {entry.weights}
-  head: residual
-  lora_rank: 4
+  head: none
+  lora_rank: {LORA_RANK}
   lora_blocks: {TUNED_BLOCKS}
-  loss: smooth_ap
-  tau: 0.01
+  loss: info_nce
+  both_directions: true
+  tau: 0.05
   pos_radius: 0.005
   neg_radius: 0.1
   resolution: 40
-  lr: 3.0e-4
+  lr: 1.0e-3
   weight_decay: 1.0e-4
 data:
   views: runs/views
@@ -399,7 +403,7 @@ ckpt_path: last
 
 def _render_reference(entry: Entry, of: Shape) -> str:
     patches = 80 * 80
-    flops = step_flops(of, patches, 1)
+    flops = step_flops(of, patches, 1, conv=True)
     compute, loading = flops / H100_FP32, DRAW_SECONDS / WORKERS
     first = [
         f"The published recipe (3DCorrEnhance, arXiv 2411.19458) on {entry.title}:",
@@ -409,7 +413,7 @@ def _render_reference(entry: Entry, of: Shape) -> str:
     lines = _common_header(
         entry,
         first,
-        memory_gib(of, patches, 1, BYTES_FP32),
+        memory_gib(of, patches, 1, BYTES_FP32, conv=True),
         f"at least {_hours(max(compute, loading))} for {STEPS:,} steps on one H100 (estimate; "
         f"{flops / 1e12:.1f} TFLOP a step;",
         "limited by the GPU in float32).",
@@ -438,6 +442,7 @@ model:
   lora_rank: 4
   lora_blocks: {TUNED_BLOCKS}
   loss: smooth_ap
+  both_directions: false
   tau: 0.01
   pos_radius: 0.005
   neg_radius: 0.1

@@ -39,7 +39,7 @@ def test_writes_report_pictures_and_model_and_goes_on_where_it_was(tmp_path: Pat
     out = tmp_path / "demo"
     text = tiny_demo(out)
     page = (out / "report.html").read_text()
-    for row in ("raw ViT", "untrained head", "after 1 step", "after 4 steps"):
+    for row in ("raw ViT", "untrained model", "after 1 step", "after 4 steps"):
         assert f"<td>{row}</td>" in page
         assert f"| {row} |" in text
     for column in ("APE %", "PCDP@.05 %", "PCDP@.10 %", "PCDP@.20 %"):
@@ -51,14 +51,14 @@ def test_writes_report_pictures_and_model_and_goes_on_where_it_was(tmp_path: Pat
     for name in PICTURES:
         assert read_image(out / f"{name}.png").std() > 0.05
     result = EquivarianceResult.from_json((out / "equivariance.json").read_text())
-    assert result.object_values("raw ViT").equal(result.object_values("untrained head"))
-    assert load_model(out / "model").head.kind == "residual"
+    assert result.object_values("raw ViT").equal(result.object_values("untrained model"))
+    assert load_model(out / "model").head.kind == "none"
     # The same command again renders and trains nothing, a further step trains on.
-    trained = (out / "run/step_000004/head.safetensors").stat().st_mtime_ns
+    trained = (out / "run/step_000004/adapter_model.safetensors").stat().st_mtime_ns
     tiny_demo(out, steps="1,4,6")
-    assert (out / "run/step_000004/head.safetensors").stat().st_mtime_ns == trained
+    assert (out / "run/step_000004/adapter_model.safetensors").stat().st_mtime_ns == trained
     assert (out / "run/step_000006").is_dir()
-    with pytest.raises(RecipeError, match=r"lr=0\.0003, not 0\.1"):
+    with pytest.raises(RecipeError, match=r"lr=0\.001, not 0\.1"):
         tiny_demo(out, lr=0.1)
 
 
@@ -120,7 +120,7 @@ def test_real_weights_gain_on_objects_never_seen(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     demo(steps="1,100", resolution=308, renderer="embree", out=out)
     result = EquivarianceResult.from_json((out / "equivariance.json").read_text())
-    for baseline in ("raw ViT", "untrained head"):
+    for baseline in ("raw ViT", "untrained model"):
         gain = result.difference(baseline, "after 100 steps")
         assert gain["PCDP@.10"].low > 0
         assert gain["APE"].high < 0

@@ -29,7 +29,16 @@ MIDDLE = [*BASE, "geometry", *SIBLINGS]
 # What the module is made of; it sees them, they do not see it.
 STEP = [
     f"train.{name}"
-    for name in ("objective", "negatives", "distributed", "sharded", "precision", "schedule")
+    for name in (
+        "objective",
+        "preserve",
+        "ema",
+        "negatives",
+        "distributed",
+        "sharded",
+        "precision",
+        "schedule",
+    )
 ]
 TRAIN = ["train.module", "train.trunk_cache", "train.callbacks", *STEP]
 UPPER = [*MIDDLE, "checkpoint", "hub", *TRAIN]
@@ -94,7 +103,12 @@ ALLOWED: dict[str, list[str]] = {
 ABOVE_DATA_PREP = ("demo", "commands", "evaluate", "cli")
 DATA_PREP_MAY = (*(f"equifeat.{name}" for name in BASE), "equifeat.geometry", "equifeat.options")
 # What reads views: checking, packing and importing captures (docs/adr/005).
-READS_VIEWS = ("data_prep.check", "data_prep.pack", "data_prep.capture")
+READS_VIEWS = (
+    "data_prep.check",
+    "data_prep.pack",
+    "data_prep.capture",
+    "data_prep.category_pairs",
+)
 # Methods of a model whose work is done above it (docs/adr/017).
 LATE = {
     "equifeat.model.hub_mixin": {
