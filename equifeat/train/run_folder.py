@@ -137,6 +137,10 @@ def clear_later(run: Path, start: Start) -> None:
         set_aside(run / "checkpoints", start.step)
 
 
+# What runs did before they had a key whose default is to do otherwise.
+_BEFORE = {"model.both_directions": False}
+
+
 def check_recipe(
     then: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -156,7 +160,7 @@ def check_recipe(
     """
     if not then:
         return
-    before, after = {**_flat(defaults), **_flat(then)}, _flat(now)
+    before, after = {**_flat(defaults), **_BEFORE, **_flat(then)}, _flat(now)
     may_change = MAY_CHANGE | set(allowed)
     if after.get("model.schedule") == "cosine":
         may_change -= {"trainer.max_steps"} - set(allowed)  # the schedule ends there
