@@ -1,13 +1,14 @@
 """Short finetunings that differ in one choice each: which axes of a recipe are worth measuring?
 
     python -m tests.benchmarks.screen_recipes --views runs/ablations/views \
-        --out runs/ablations/screen [--rows base,rank64] [--seeds 0,1]
+        --out runs/ablations/screen [--rows base,rank64] [--seeds 0,1] [--patches 32]
 
 Every row finetunes DINOv2-S for 300 steps at 224 px (16 × 16 patches) in bfloat16 on the views of
 one object and is scored on the objects of `select`: 24 pairs an object, 150 points a pair. A row
-takes about 90 s of one core, so that dozens can be looked at; what wins is measured properly by
-`equifeat sweep`. Some rows try heads and LoRA targets that equifeat does not offer: they live here.
-Finished rows are kept; the table is printed again by the same command.
+takes about 90 s of one core, so that dozens can be looked at (8 min with --patches 32, the full
+448 px); what wins is measured properly by `equifeat sweep`. Some rows try heads and LoRA targets
+that equifeat does not offer: they live here. Finished rows are kept; the same command prints them
+again.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from equifeat.model.adapter import LowRank
 from equifeat.model.extractor import FeatureExtractor
 from equifeat.seeding import torch_generator
 from equifeat.train.module import EquivariantFinetune
+from equifeat.train.schedule import lr_factor
 
 BACKBONE = "vit_small_patch14_dinov2.lvd142m"
-STEPS, PATCHES = 300, 16
+STEPS = 300
 METRICS = ("PCDP@.05", "PCDP@.10", "PCDP@.20", "APE")
 MLP_AND_PROJ = ("attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -200,6 +202,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "near_negatives": {"model": {"neg_radius": 0.03}},
     # optimisation
     "lr5e-4": {"model": {"lr": 5e-4}},
+    "cosine": {"model": {"schedule": "cosine", "warmup_steps": 20}},
     "ema": {"model": {"ema_decay": 0.99}},
     # draws
     "keypoints1500": {"data": {"num_keypoints": 1500}},
@@ -219,12 +222,12 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def fit(row: dict[str, Any], seed: int, views: Path) -> EquivariantFinetune:
+def fit(row: dict[str, Any], seed: int, views: Path, patches: int) -> EquivariantFinetune:
     """Finetune as a row says."""
     torch.manual_seed(seed)
     options = {**BASE, **row.get("model", {})}
     model = EquivariantFinetune(
-        BACKBONE, "packaged", resolution=PATCHES, trunk_cache_mb=2048, seed=seed, **options
+        BACKBONE, "packaged", resolution=patches, trunk_cache_mb=2048, seed=seed, **options
     )
     extractor = model.extractor
     if "layers" in row:
@@ -243,6 +246,8 @@ def fit(row: dict[str, Any], seed: int, views: Path) -> EquivariantFinetune:
     if head:
         groups.append({"params": head, "lr": row.get("head_lr", lr)})
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    factor = lr_factor(model.hparams["schedule"], model.hparams["warmup_steps"], STEPS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     for step in range(row.get("steps", STEPS)):
         batch = collate_pairs([source.draw(step)])  # geometry needs all its digits: no autocast
@@ -252,6 +257,7 @@ def fit(row: dict[str, Any], seed: int, views: Path) -> EquivariantFinetune:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
         optimizer.step()
+        scheduler.step()
         model.average.update(extractor.trainable_parameters())
     return model.eval()
 
@@ -273,7 +279,7 @@ class _Autocast:
             return self.extractor.dense(images, resolution)
 
 
-def score(extractor: FeatureExtractor, views: Path) -> dict[str, Any]:
+def score(extractor: FeatureExtractor, views: Path, patches: int) -> dict[str, Any]:
     """Score a model on the objects that choices are made by: means, and PCDP@.10 by view change."""
     result = evaluate_equivariance(
         {"model": _Autocast(extractor)},
@@ -281,7 +287,7 @@ def score(extractor: FeatureExtractor, views: Path) -> dict[str, Any]:
         pairs=24,
         points=150,
         target_stride=5,
-        resolution=PATCHES,
+        resolution=patches,
         device="cpu",
     )
     means = {metric: score.mean for metric, score in result.summary("model").items()}
@@ -304,16 +310,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--patches", type=int, default=16)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.rows.split(","):
         for seed in map(int, given.seeds.split(",")):
-            file = given.out / f"{name}_{seed}.json"
+            file = given.out / f"{name}_{given.patches}_{seed}.json"
             if not file.exists():
                 start = time.monotonic()
-                model = fit(ROWS[name], seed, given.views)
+                model = fit(ROWS[name], seed, given.views, given.patches)
                 with model.averaged():
-                    found = score(model.extractor, given.views)
+                    found = score(model.extractor, given.views, given.patches)
                 found["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 found["seconds"] = time.monotonic() - start
                 with atomic_file(file) as path:
