@@ -194,4 +194,4 @@ def test_fit(root: Path, tmp_path: Path, where: str) -> None:
     assert len(losses) == 16
     assert all(np.isfinite(losses))
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    assert (tmp_path / "run/model/head.safetensors").is_file()
+    assert (tmp_path / "run/model/adapter_model.safetensors").is_file()
