@@ -49,7 +49,7 @@ def recipes() -> list[str]:
     packaged = output_of(words)
     output_of(["recipes", "dinov2_base"])
     copy = Path("recipes/dinov2_base.yaml")
-    copy.write_text(copy.read_text().replace("tau: 0.01", "tau: 0.02"))
+    copy.write_text(copy.read_text().replace("tau: 0.05", "tau: 0.02"))
     return [packaged, output_of(words)]
 
 

@@ -178,7 +178,7 @@ def test_recipes_of_the_installed_package(
     assert "dinov2_base.yaml" in listed.stdout
     packaged, own = probed["recipes"]
     assert "backbone: vit_base_patch14_dinov2.lvd142m" in packaged
-    assert "tau: 0.01" in packaged
+    assert "tau: 0.05" in packaged
     assert "tau: 0.02" in own  # a file of the user's comes first
 
 

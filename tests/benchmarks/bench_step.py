@@ -103,7 +103,13 @@ def make_step(variant: str, views: Path, steps: int) -> Callable[[int], float]:
         module = None
     else:
         module = EquivariantFinetune(
-            weights="packaged", trunk_cache_mb=4096 if "cached" in variant else 0
+            weights="packaged",
+            head="residual",  # what plain_step does
+            lora_rank=4,
+            loss="smooth_ap",
+            tau=0.01,
+            both_directions=False,
+            trunk_cache_mb=4096 if "cached" in variant else 0,
         )
         module.log = lambda *_, **__: None  # type: ignore[method-assign]
         extractor = module.extractor
@@ -111,7 +117,7 @@ def make_step(variant: str, views: Path, steps: int) -> Callable[[int], float]:
             for pair in map(source.draw, range(steps)):
                 images = torch.stack([pair.image0, pair.image1])
                 keys = [(f"train/{name}", view) for name, view in (pair.key0, pair.key1)]
-                module.cache.states(extractor, images, keys, None)
+                module.cache.views(extractor, images, keys, None)
     weights = list(extractor.trainable_parameters().values())
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
 

@@ -133,7 +133,7 @@ def assert_every_step_once(folder: Path, steps: int) -> None:
     assert [int(row["step"]) for row in read_metrics(folder)] == list(range(steps))
     assert sorted(losses(folder)) == list(range(1, steps + 1))
     assert checkpoints(folder / "checkpoints")[-1].name == f"step={steps}.ckpt"
-    assert (folder / "model" / "head.safetensors").is_file()
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
 
 
 def test_the_script_trains_alike_on_one_node_and_on_two(recipe: Path) -> None:

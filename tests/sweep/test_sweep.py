@@ -72,7 +72,10 @@ def test_fits_every_seed_once_and_makes_one_table(sweep: Path) -> None:
     assert not out.exists()
     Path("away").rename("held_out")
     # a row that fails is named, the other one stays
-    runs = {"conv": {"model.head": "conv"}, "residual": {"model.head": "residual", "data.views": "late"}}
+    runs = {
+        "conv": {"model.head": "conv"},
+        "residual": {"model.head": "residual", "data.views": "late"},
+    }
     change(sweep, runs=runs)
     failed = r"2 of 4 fits failed: residual/seed_\d \(exit 1\), .*see out/logs"
     with pytest.raises(RecipeError, match=failed):
