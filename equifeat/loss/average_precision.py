@@ -9,7 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from equifeat.errors import RecipeError
-from equifeat.loss.pairs import FAR, ExtraNegatives, Problem, check_options, pairs_of, rows_at_once
+from equifeat.loss.pairs import (
+    FAR,
+    ExtraNegatives,
+    Problem,
+    check_chunk,
+    check_options,
+    pairs_of,
+    rows_at_once,
+)
 
 
 class SmoothAPTerms(NamedTuple):
@@ -244,8 +252,7 @@ def _smooth_ap(
     check_options(pos_radius, neg_radius, tau)
     if variant != "reference":
         raise RecipeError(f"variant={variant!r} is unknown: the only one is 'reference'.")
-    if chunk is not None and chunk < 1:
-        raise RecipeError(f"chunk={chunk} must be at least 1.")
+    check_chunk(chunk)
     with torch.autocast(device_type=descriptors0.device.type, enabled=False):
         problem = pairs_of(
             descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius, extra

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from equifeat.errors import RecipeError
-from equifeat.loss.pairs import ExtraNegatives, check_options, pairs_of, rows_at_once
+from equifeat.loss.pairs import ExtraNegatives, check_chunk, check_options, pairs_of, rows_at_once
 
 
 class _MultiPositiveAP(torch.autograd.Function):
@@ -108,8 +107,7 @@ def multi_positive_ap(
         RecipeError: A radius, tau or chunk that makes no sense.
     """
     check_options(pos_radius, neg_radius, tau)
-    if chunk is not None and chunk < 1:
-        raise RecipeError(f"chunk={chunk} must be at least 1.")
+    check_chunk(chunk)
     with torch.autocast(device_type=descriptors0.device.type, enabled=False):
         problem = pairs_of(
             descriptors0, descriptors1, points3d0, points3d1, pos_radius, neg_radius, extra

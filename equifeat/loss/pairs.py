@@ -150,6 +150,19 @@ def check_temperature(temperature: float) -> None:
         raise RecipeError(f"the temperature is {temperature}, but it must be greater than 0.")
 
 
+def check_chunk(chunk: int | None) -> None:
+    """Refuse a number of positives handled at once that makes no sense.
+
+    Args:
+        chunk: The number; None for one chosen by the device.
+
+    Raises:
+        RecipeError: It is below 1.
+    """
+    if chunk is not None and chunk < 1:
+        raise RecipeError(f"chunk={chunk} must be at least 1.")
+
+
 def pairs_of(
     descriptors0: Tensor,
     descriptors1: Tensor,
