@@ -25,6 +25,7 @@ from equifeat.eval.task import Task
 from equifeat.eval.tasks import TASKS, find_task
 from equifeat.eval_report import console_text, write_evaluation
 from equifeat.files import atomic_folder
+from equifeat.model.precision import Precision, check_precision
 from equifeat.progress import progress
 
 # By family of protocols, the module of data_prep that writes its fixture.
@@ -90,6 +91,7 @@ def evaluate_command(
     published: bool = False,
     device: str = "auto",
     devices: int = 1,
+    precision: Precision = "float32",
 ) -> str | None:
     """Score models on one task: predict every item, keep the predictions, score them.
 
@@ -109,6 +111,7 @@ def evaluate_command(
         published: Whether published numbers stand beside the measured ones.
         device: auto, cpu, cuda, cuda:1, …
         devices: How many processes of this machine share the items.
+        precision: Type that models compute in: float32, bfloat16 or float16.
 
     Returns:
         The tables as text; None in all processes but the first.
@@ -117,6 +120,7 @@ def evaluate_command(
         EvalDataError: The folder does not hold the data.
         RecipeError: An option makes no sense.
     """
+    check_precision(precision)
     chosen = find_task(task)
     one = find_protocol(chosen, protocol, changes)
     specs = _rows(model, controls)
@@ -126,14 +130,14 @@ def evaluate_command(
         one,
         data,
         specs,
-        _opener(weights, ranks),
+        _opener(weights, ranks, precision),
         cache=cache or (out / "predictions" if out else None),
         limit=limit,
         pictures=pictures if out else 0,
         ranks=ranks,
         progress=_progress(ranks),
     )
-    return None if result is None else _finish([result], out, published, ranks)
+    return None if result is None else _finish([result], out, published, ranks, precision)
 
 
 def suite_command(
@@ -147,6 +151,7 @@ def suite_command(
     published: bool = False,
     device: str = "auto",
     devices: int = 1,
+    precision: Precision = "float32",
 ) -> str | None:
     """Score models on every task of a suite, into one report.
 
@@ -162,6 +167,7 @@ def suite_command(
         published: Whether published numbers stand beside the measured ones.
         device: auto, cpu, cuda, cuda:1, …
         devices: How many processes of this machine share the items.
+        precision: Type that models compute in: float32, bfloat16 or float16.
 
     Returns:
         The tables as text; None in all processes but the first.
@@ -182,6 +188,7 @@ def suite_command(
         published=published,
         device=device,
         devices=devices,
+        precision=precision,
     )
 
 
@@ -197,6 +204,7 @@ def run_suite(
     published: bool = False,
     device: str = "auto",
     devices: int = 1,
+    precision: Precision = "float32",
 ) -> str | None:
     """Score models on several tasks, into one report.
 
@@ -211,6 +219,7 @@ def run_suite(
         published: Whether published numbers stand beside the measured ones.
         device: auto, cpu, cuda, cuda:1, …
         devices: How many processes of this machine share the items.
+        precision: Type that models compute in: float32, bfloat16 or float16.
 
     Returns:
         The tables as text; None in all processes but the first.
@@ -220,9 +229,10 @@ def run_suite(
         RecipeError: A task or protocol does not exist.
     """
     # everything that can be wrong is looked at before the first forward pass
+    check_precision(precision)
     plans = open_suite(entries, base)
     ranks = start_ranks(device, devices)
-    opener = _opener(weights, ranks)
+    opener = _opener(weights, ranks, precision)
     results = [
         evaluate(
             task,
@@ -239,7 +249,7 @@ def run_suite(
         for task, one, data, limit in plans
     ]
     done = [result for result in results if result is not None]
-    return _finish(done, out, published, ranks) if done else None
+    return _finish(done, out, published, ranks, precision) if done else None
 
 
 def open_suite(
@@ -338,10 +348,10 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _opener(weights: str, ranks: Ranks) -> Any:
+def _opener(weights: str, ranks: Ranks, precision: str) -> Any:
     @lru_cache(maxsize=4)
     def opened(word: str) -> OpenModel:
-        return open_word(word, weights, ranks.device)
+        return open_word(word, weights, ranks.device, precision)
 
     return opened
 
@@ -350,8 +360,11 @@ def _progress(ranks: Ranks) -> Any:
     return progress if ranks.rank == 0 else lambda items, what: items
 
 
-def _finish(tasks: Sequence[TaskResult], out: Path | None, published: bool, ranks: Ranks) -> str:
-    results = Results(tuple(tasks), environment(sys.argv, ranks.device, ranks.world))
+def _finish(
+    tasks: Sequence[TaskResult], out: Path | None, published: bool, ranks: Ranks, precision: str
+) -> str:
+    made = environment(sys.argv, ranks.device, ranks.world)
+    results = Results(tuple(tasks), {**made, "precision": precision})
     text = console_text(results, published=published)
     if out is None:
         return text

@@ -81,6 +81,9 @@ class Augment:
         contrast: Largest relative change of contrast.
         light_p: Probability of light on the object from a random direction.
         light: Largest relative change of brightness by it.
+        versions: 0 augments every view of every pair anew. With N each view has N augmented
+            versions that stay the same for the whole run, so that what is frozen of them can be
+            kept (`model.trunk_cache_mb`).
     """
 
     affine_p: float = 0.5
@@ -98,6 +101,7 @@ class Augment:
     contrast: float = 0.2
     light_p: float = 0.0
     light: float = 0.5
+    versions: int = 0
 
     def __post_init__(self) -> None:
         for name in ("affine_p", "blur_p", "noise_p", "clahe_p", "color_p", "light_p"):
@@ -113,6 +117,8 @@ class Augment:
                 raise RecipeError(f"augment.{name} is {getattr(self, name)}: use 0 to below 1")
         if not 1.0 <= self.clahe_clip < math.inf:
             raise RecipeError(f"augment.clahe_clip is {self.clahe_clip}: use 1 or more")
+        if self.versions < 0:
+            raise RecipeError(f"augment.versions is {self.versions}: use 0 or more")
 
     def draw_affine(self, size_hw: SizeHW, rng: np.random.Generator) -> Float[Tensor, "3 3"] | None:
         """Draw the affine map of one image: rotation and scale about its middle, then a shift.

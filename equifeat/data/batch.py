@@ -37,8 +37,9 @@ class PairBatch:
         view_change_deg: B angles between the cameras.
         keys0: B identities (object, view) before augmentation; keys1 of view 1.
         keys1: See keys0.
-        augmented0: B times whether images0 differs from the rendered view; augmented1 of view 1.
-        augmented1: See augmented0.
+        versions0: B numbers that tell pictures of one key apart, None for one that no other draw
+            has (see `Pair`); versions1 of view 1.
+        versions1: See versions0.
     """
 
     object_names: list[str]
@@ -59,8 +60,8 @@ class PairBatch:
     view_change_deg: list[float]
     keys0: list[tuple[str, int]]
     keys1: list[tuple[str, int]]
-    augmented0: list[bool]
-    augmented1: list[bool]
+    versions0: list[int | None]
+    versions1: list[int | None]
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -68,7 +69,7 @@ class PairBatch:
     @property
     def augmented(self) -> list[bool]:
         """B times whether either view of the pair differs from the rendered one."""
-        return [a or b for a, b in zip(self.augmented0, self.augmented1, strict=True)]
+        return [both != (0, 0) for both in zip(self.versions0, self.versions1, strict=True)]
 
     def camera0(self, i: int) -> Camera:
         """Return the camera of image 0 of pair i.
@@ -162,6 +163,6 @@ def collate_pairs(pairs: Sequence[Pair]) -> PairBatch:
         view_change_deg=[p.view_change_deg for p in pairs],
         keys0=[p.key0 for p in pairs],
         keys1=[p.key1 for p in pairs],
-        augmented0=[p.augmented0 for p in pairs],
-        augmented1=[p.augmented1 for p in pairs],
+        versions0=[p.version0 for p in pairs],
+        versions1=[p.version1 for p in pairs],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,8 +53,9 @@ class Pair:
         view_change_deg: Rotation angle of cam1_from_cam0.
         key0: Identity of the view before augmentation: object and index; key1 of view 1.
         key1: See key0.
-        augmented0: Whether image0 differs from the rendered view; augmented1 of view 1.
-        augmented1: See augmented0.
+        version0: Tells pictures of one key apart: 0 as it was rendered, n ≥ 1 one of its fixed
+            augmentations, None an augmentation of this draw alone; version1 of view 1.
+        version1: See version0.
     """
 
     object_name: str
@@ -74,8 +76,8 @@ class Pair:
     view_change_deg: float
     key0: tuple[str, int]
     key1: tuple[str, int]
-    augmented0: bool
-    augmented1: bool
+    version0: int | None
+    version1: int | None
 
 
 class PairSource(Dataset[Pair]):
@@ -290,8 +292,17 @@ class PairSource(Dataset[Pair]):
         draw: int,
         attempt: int,
     ) -> Pair:
-        out: list[AugmentedView] = [
-            augment_view(
+        out: list[AugmentedView] = []
+        versions: list[int | None] = []
+        both = zip(views, indices, (found.keypoints0, found.keypoints1), strict=True)
+        for side, (view, index, keypoints) in enumerate(both):
+            rng = numpy_generator(self.seed, self.stream, draw, 2, attempt, side)
+            version = None
+            if self.augment is not None and self.augment.versions:
+                version = 1 + int(rng.integers(self.augment.versions))
+                which = (zlib.crc32(name.encode()), index, version)
+                rng = numpy_generator(self.seed, self.stream, *which, 0, 3)
+            made = augment_view(
                 view.image,
                 view.mask,
                 view.depth,
@@ -299,12 +310,10 @@ class PairSource(Dataset[Pair]):
                 keypoints,
                 self.augment,
                 self.background,
-                numpy_generator(self.seed, self.stream, draw, 2, attempt, side),
+                rng,
             )
-            for side, (view, keypoints) in enumerate(
-                zip(views, (found.keypoints0, found.keypoints1), strict=True)
-            )
-        ]
+            out.append(made)
+            versions.append(version if made.changed else 0)
         kept0, kept1 = out[0].kept, out[1].kept
         if self.matched:
             # A true match needs both of its ends.
@@ -329,8 +338,8 @@ class PairSource(Dataset[Pair]):
             view_change_deg=float(rotation_angle_deg(cam1_from_cam0[:3, :3])),
             key0=(name, indices[0]),
             key1=(name, indices[1]),
-            augmented0=out[0].changed,
-            augmented1=out[1].changed,
+            version0=versions[0],
+            version1=versions[1],
         )
 
 

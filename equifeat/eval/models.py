@@ -16,6 +16,7 @@ from equifeat.hub.fetch import fetch_model
 from equifeat.hub.names import hub_name, is_hub_word
 from equifeat.hub.pretrained import load_fetched
 from equifeat.model.extractor import FeatureExtractor, build_extractor
+from equifeat.model.precision import compute_in
 from equifeat.model.weights import PACKAGED_BACKBONE, packaged_available, state_hash
 
 CONTROLS = {"oracle": CoordinateOracle, "random": RandomFeatures}
@@ -159,13 +160,17 @@ def open_model(model: str, weights: str = "auto", device: str = "cpu") -> Featur
     return build_extractor(model, weights, lora_blocks=0).to(device).eval()
 
 
-def open_word(word: str, weights: str = "auto", device: str = "cpu") -> OpenModel:
+def open_word(
+    word: str, weights: str = "auto", device: str = "cpu", precision: str = "float32"
+) -> OpenModel:
     """Open one word of a model spec.
 
     Args:
         word: See `parse_models`.
         weights: See `open_model`.
         device: Device of the model.
+        precision: Type that a ViT computes in: float32, bfloat16 or float16. It is part of the
+            model's hash.
 
     Returns:
         The model and its hash.
@@ -173,6 +178,7 @@ def open_word(word: str, weights: str = "auto", device: str = "cpu") -> OpenMode
     Raises:
         CheckpointError: The folder is not a model folder.
         ModelNameError: timm has no such model.
+        RecipeError: There is no such precision.
     """
     if word in CONTROLS and not Path(word).exists():
         control = CONTROLS[word]()
@@ -184,6 +190,7 @@ def open_word(word: str, weights: str = "auto", device: str = "cpu") -> OpenMode
         extractor = extractor.to(device).eval()
     else:
         extractor = open_model(word, weights, device)
+    compute_in(extractor, precision)
     return OpenModel(extractor, extractor_hash(extractor))
 
 

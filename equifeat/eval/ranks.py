@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from lightning_fabric import Fabric
 
 from equifeat.errors import RecipeError
 
@@ -79,6 +78,8 @@ def start_ranks(device: str = "auto", devices: int = 1) -> Ranks:
         nodes = int(os.environ["WORLD_SIZE"]) // local
     else:
         local, nodes = devices, 1
+    from lightning_fabric import Fabric  # seconds of import that one process does without
+
     fabric = Fabric(accelerator=kind, devices=local, num_nodes=nodes, strategy="ddp")
     fabric.launch()
     return Ranks(fabric.global_rank, fabric.world_size, str(fabric.device), fabric)

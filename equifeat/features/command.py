@@ -19,9 +19,8 @@ from equifeat.features.pipeline import Pipeline, Tally
 from equifeat.features.resume import FAILED, locked, start, write_index, write_lists
 from equifeat.features.sources import Sources, find_sources
 from equifeat.model.extractor import FeatureExtractor
+from equifeat.model.precision import compute_in
 from equifeat.progress import progress
-
-_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def features_command(
@@ -157,8 +156,7 @@ def _open(
     tiny = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     with torch.inference_mode():
         extractor.dense(tiny, overlap=asked.overlap, layers=asked.layers, norm=asked.norm)
-    if asked.precision in _HALF:
-        extractor.half_precision(_HALF[asked.precision])
+    compute_in(extractor, asked.precision)
     return extractor.compile_blocks() if compiled else extractor
 
 

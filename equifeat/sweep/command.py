@@ -19,6 +19,7 @@ from equifeat.eval.models import ModelSpec, with_controls
 from equifeat.evaluate import open_suite, run_suite
 from equifeat.files import InUseError, atomic_file, lock
 from equifeat.model.adapter import ADAPTER_WEIGHTS
+from equifeat.model.precision import Precision
 from equifeat.options import OptionParser, underscored
 from equifeat.progress import progress
 from equifeat.recipe_files import find_recipe
@@ -45,6 +46,7 @@ def sweep_command(
     submit: str = "",
     pictures: int = 0,
     device: str = "auto",
+    precision: Precision = "float32",
     dry_run: bool = False,
 ) -> str | None:
     """Fit every row of a sweep with every seed, then put all into one table.
@@ -65,6 +67,7 @@ def sweep_command(
         submit: Options of equifeat submit, as in --submit="--time 4:00:00 --gpus 1" (slurm).
         pictures: How many of the best and of the worst items are drawn into the report.
         device: Device of the evaluation: auto, cpu, cuda, cuda:1, …
+        precision: Type that models compute in there: float32, bfloat16 or float16.
         dry_run: Say what would be done.
 
     Returns:
@@ -104,12 +107,13 @@ def sweep_command(
         )
     text = run_suite(
         plan.splits[chosen],
-        _specs(planned),
+        _specs(planned, plan.baseline),
         Path(),
         out / chosen,
         cache=out / "predictions" / chosen,
         pictures=pictures,
         device=device,
+        precision=precision,
     )
     if text is None:
         return None
@@ -217,12 +221,13 @@ def _submit(
     return "\n".join(lines)
 
 
-def _specs(planned: Sequence[Planned]) -> list[ModelSpec]:
-    """Rows of the table, raw and untrained ones first, once each."""
+def _specs(planned: Sequence[Planned], baseline: str | None) -> list[ModelSpec]:
+    """Rows of the table, raw and untrained ones in it once each; the baseline is the first."""
     rows: dict[str, list[str]] = {}
     for one in planned:
         rows.setdefault(one.row.name, []).append(str(one.model))
-    return with_controls([ModelSpec(name, tuple(words)) for name, words in rows.items()])
+    specs = with_controls([ModelSpec(name, tuple(words)) for name, words in rows.items()])
+    return sorted(specs, key=lambda spec: spec.name != baseline)
 
 
 def _parameters(folder: Path) -> int:

@@ -15,7 +15,7 @@ import yaml
 from equifeat.errors import RecipeError, suggest
 from equifeat.evaluate import SuiteTask, suite_tasks
 
-_KEYS = ("recipe", "set", "runs", "grid", "seeds", "evaluate")
+_KEYS = ("recipe", "set", "runs", "grid", "seeds", "evaluate", "baseline")
 # Set by the sweep itself for every fit.
 _OWN = ("run.dir", "seed_everything", "ckpt_path")
 _NAME = re.compile(r"[\w.+=,-]+")
@@ -57,14 +57,16 @@ class Sweep:
     """A sweep.
 
     Args:
-        rows: In the order of the table; differences are to the first.
+        rows: In the order of the table.
         seeds: Seeds of every row.
         splits: What is measured, by name.
+        baseline: Row that differences are to; None for the raw ViT.
     """
 
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     splits: Mapping[str, tuple[SuiteTask, ...]]
+    baseline: str | None = None
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -73,9 +75,10 @@ def read_sweep(path: Path) -> Sweep:
     Args:
         path: YAML with `recipe` (a file or several, relative to this one), `set` (keys of all
             rows), `runs` (rows by name, each with its keys, and perhaps a `recipe` of its own),
-            `grid` (lists of values by key; every combination with every row), `seeds` and
+            `grid` (lists of values by key; every combination with every row), `seeds`,
             `evaluate` (by split, a list of tasks as in a suite; their data relative to the folder
-            one is in, like every path in a recipe).
+            one is in, like every path in a recipe) and `baseline` (the row that differences are
+            to, in place of the raw ViT).
 
     Returns:
         The sweep.
@@ -102,10 +105,15 @@ def read_sweep(path: Path) -> Sweep:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RecipeError(f"{path}: two rows are named {twice[0]!r}.")
+    baseline = content.get("baseline")
+    if baseline is not None and baseline not in names:
+        hint = suggest(str(baseline), names)
+        raise RecipeError(f"{path}: baseline {baseline!r} is no row of this sweep.{hint}")
     splits = _mapping(content, "evaluate", path)
     if not splits:
         raise RecipeError(f"{path} measures nothing: give evaluate with at least one split.")
-    return Sweep(rows, tuple(seeds), {k: tuple(suite_tasks(v, path)) for k, v in splits.items()})
+    tasks = {name: tuple(suite_tasks(value, path)) for name, value in splits.items()}
+    return Sweep(rows, tuple(seeds), tasks, baseline)
 
 
 def _rows(content: Mapping[str, Any], path: Path) -> Iterator[Row]:

@@ -59,7 +59,8 @@ class EquivariantFinetune(pl.LightningModule):
         schedule: "constant", or "cosine" down to zero at the last step.
         ema_decay: Decay of a moving average of the trained weights, which validation and the
             exported models take; 0 for none.
-        trunk_cache_mb: Memory for what is frozen of un-augmented views; 0 switches the cache off.
+        trunk_cache_mb: Memory for what is frozen of views as they are rendered and of their fixed
+            augmentations (`Augment.versions`); 0 switches the cache off.
         gradient_checkpointing: Run the adapted blocks again for their gradients: less memory.
         compile: Compile the blocks with torch.compile; without, after a warning, where that fails.
         seed: Seed of the new weights (LoRA, head) and of the choice of other pairs' negatives; None
@@ -226,8 +227,8 @@ class EquivariantFinetune(pl.LightningModule):
         wanted = self.preservation.kind != "none"
         if self.hparams["trunk_cache_mb"]:
             # A mesh may be rendered for training and for validation under one name.
-            views = zip(batch.keys0 + batch.keys1, batch.augmented0 + batch.augmented1, strict=True)
-            keys = [None if changed else (f"{stage}/{key[0]}", key[1]) for key, changed in views]
+            views = zip(batch.keys0 + batch.keys1, batch.versions0 + batch.versions1, strict=True)
+            keys = [None if n is None else (f"{stage}/{key[0]}", key[1], n) for key, n in views]
             state, raw = self.cache.views(self.extractor, images, keys, resolution, wanted)
         else:
             state = self.extractor.trunk(images, resolution)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities import rank_zero_only
 
+from equifeat.data.augment import Augment
 from equifeat.errors import RecipeError
 from equifeat.files import InUseError, lock
 from equifeat.train.callbacks import ExportModel, PlainProgress
@@ -161,6 +162,9 @@ def check_recipe(
     if not then:
         return
     before, after = {**_flat(defaults), **_BEFORE, **_flat(then)}, _flat(now)
+    if isinstance(ranges := before.get("data.augment"), Mapping):
+        # a run may be older than some of them; their defaults do nothing new
+        before["data.augment"] = {**asdict(Augment()), **ranges}
     may_change = MAY_CHANGE | set(allowed)
     if after.get("model.schedule") == "cosine":
         may_change -= {"trainer.max_steps"} - set(allowed)  # the schedule ends there

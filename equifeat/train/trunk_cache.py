@@ -1,4 +1,4 @@
-"""Keep what is frozen of un-augmented views, so that small runs pay for it once."""
+"""Keep what is frozen of pictures that come again, so that small runs pay for it once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from equifeat.model.extractor import FeatureExtractor
 from equifeat.model.feature_map import TrunkState
 from equifeat.train.preserve import raw_features
 
-ViewKey = tuple[str, int]
+# Object, view, and which of its fixed augmentations (0: as rendered).
+ViewKey = tuple[str, int, int]
 
 
 class FrozenViews(NamedTuple):
@@ -63,7 +64,7 @@ class TrunkCache:
         Args:
             extractor: The model; what is frozen in it never goes stale.
             images: (B, 3, H, W) images.
-            keys: Identity of each view, or None for views that must not be stored (augmented).
+            keys: Identity of each picture, or None for one that does not come again.
             resolution: Patches on the longer side.
             raw: Whether to give the frozen ViT's own features too; always the same of one cache.
 

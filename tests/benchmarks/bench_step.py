@@ -116,7 +116,7 @@ def make_step(variant: str, views: Path, steps: int) -> Callable[[int], float]:
         if "cached" in variant:  # its steady state: every view has been met before
             for pair in map(source.draw, range(steps)):
                 images = torch.stack([pair.image0, pair.image1])
-                keys = [(f"train/{name}", view) for name, view in (pair.key0, pair.key1)]
+                keys = [(f"train/{name}", view, 0) for name, view in (pair.key0, pair.key1)]
                 module.cache.views(extractor, images, keys, None)
     weights = list(extractor.trainable_parameters().values())
     optimizer = torch.optim.AdamW(weights, lr=1e-4)

@@ -150,7 +150,8 @@ def test_each_colour_change_changes_the_object_and_leaves_black_black(name: str)
     before = run(NOTHING)
     assert not before.changed
     assert torch.equal(before.image, scene()[0])
-    out = run(dataclasses.replace(NOTHING, **{name: 1.0}))
+    only: Any = {name: 1.0}
+    out = run(dataclasses.replace(NOTHING, **only))
     assert out.changed
     mask = scene()[1]
     assert torch.equal(out.mask, mask)
@@ -158,8 +159,8 @@ def test_each_colour_change_changes_the_object_and_leaves_black_black(name: str)
     difference = (out.image - before.image)[:, mask].abs()
     assert 1e-3 < float(difference.mean()) < 0.4
     assert 0.0 <= float(out.image.min()) <= float(out.image.max()) <= 1.0
-    assert torch.equal(out.image, run(dataclasses.replace(NOTHING, **{name: 1.0})).image)
-    other = run(dataclasses.replace(NOTHING, **{name: 1.0}), seed=1)
+    assert torch.equal(out.image, run(dataclasses.replace(NOTHING, **only)).image)
+    other = run(dataclasses.replace(NOTHING, **only), seed=1)
     assert not torch.equal(out.image, other.image)
 
 
@@ -205,10 +206,11 @@ def test_a_background_that_is_no_image_is_named(tmp_path: Path) -> None:
         ({"clahe_clip": 0.0}, r"augment\.clahe_clip is 0\.0"),
         ({"light": 1.0}, r"augment\.light is 1\.0"),
         ({"light_p": -0.5}, r"augment\.light_p is -0\.5"),
+        ({"versions": -1}, r"augment\.versions is -1"),
         ({"noise_std": math.nan}, r"augment\.noise_std is nan"),
     ],
 )
-def test_ranges_are_checked(options: dict[str, float], message: str) -> None:
+def test_ranges_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Augment(**options)
 

@@ -66,7 +66,8 @@ def test_the_batch_holds_what_the_pairs_hold(folder: Path) -> None:
         assert torch.equal(batch.points3d1[i], pair.points3d1)
         assert batch.keys0[i] == pair.key0
         assert batch.draws[i] == i
-        assert batch.augmented[i] == (pair.augmented0 or pair.augmented1)
+        assert (batch.versions0[i], batch.versions1[i]) == (pair.version0, pair.version1)
+        assert batch.augmented[i] == (pair.version0 != 0 or pair.version1 != 0)
         assert torch.equal(batch.camera1(i).K, pair.camera1.K)
         assert batch.camera0(i).size_hw == (64, 64)
     moved = batch.to("cpu")

@@ -187,6 +187,39 @@ def test_the_range_of_view_change_is_kept(objects: list[ObjectViews]) -> None:
     assert 45.0 <= min(changes) < max(changes) <= 85.0
 
 
+def test_fixed_versions_of_a_view_are_one_picture_each(objects: list[ObjectViews]) -> None:
+    source = PairSource(objects, 0, num_keypoints=32, augment=Augment(versions=2))
+    pictures: dict[tuple[str, int, int], Tensor] = {}
+    for pair in map(source.draw, range(60)):
+        for key, version, image, camera, xy, points in (
+            (pair.key0, pair.version0, pair.image0, pair.camera0, pair.keypoints0, pair.points3d0),
+            (pair.key1, pair.version1, pair.image1, pair.camera1, pair.keypoints1, pair.points3d1),
+        ):
+            assert version is not None
+            first = pictures.setdefault((*key, version), image)
+            assert torch.equal(image, first)
+            # the keypoints, which are drawn anew, moved with the picture
+            views = {found.name: found for found in objects}[key[0]]
+            seen = transform(views.cam_from_world[key[1]], points)
+            torch.testing.assert_close(camera.project(seen), xy, atol=0.06, rtol=0.0)
+    versions = {version for *_, version in pictures}
+    assert versions <= {0, 1, 2}  # 0: none of its changes was drawn
+    assert versions >= {1, 2}
+    assert len({picture.sum().item() for picture in pictures.values()}) == len(pictures)
+    # another seed augments otherwise, another object of the same pose too
+    again = PairSource(objects, 1, num_keypoints=32, augment=Augment(versions=2))
+    others = [pair for pair in map(again.draw, range(60)) if pair.version0]
+    theirs = [(*pair.key0, pair.version0) for pair in others]
+    assert not any(
+        torch.equal(pair.image0, pictures[key])
+        for pair, key in zip(others, theirs, strict=True)
+        if key in pictures
+    )
+    fresh = PairSource(objects, 0, num_keypoints=32, augment=Augment()).draw(0)
+    assert {fresh.version0, fresh.version1} <= {None, 0}
+    assert None in (fresh.version0, fresh.version1)
+
+
 def test_objects_and_ordered_pairs_are_all_drawn(objects: list[ObjectViews]) -> None:
     source = PairSource(objects, 0, "reference", num_keypoints=32, max_angle_deg=180.0)
     pairs = [source.draw(i) for i in range(150)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.fixtures.views import write_views
+from equifeat.cli import run
 from equifeat.errors import EvalDataError, RecipeError
 from equifeat.eval.controls import CoordinateOracle, RandomFeatures
 from equifeat.eval.harness import evaluate, find_protocol
@@ -96,13 +97,9 @@ def test_ranks_share_all_items_and_neighbours_stay_together() -> None:
     assert Ranks(3, 4, "cpu").mine([1]) == []
 
 
-COMMAND = [sys.executable, "-m", "equifeat.cli", "evaluate", "equivariance", "--device", "cpu"]
-OPTIONS = ["--model", "oracle", "random", "--protocol", "views/quick", "--pictures", "0"]
-
-
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
+EVALUATE = ["evaluate", "equivariance", "--device", "cpu", "--model", "oracle", "random"]
+EVALUATE += ["--protocol", "views/quick", "--pictures", "0"]
+SCRIPT = ["-m", "equifeat.cli"]
 
 
 def rows(folder: Path) -> object:
@@ -112,25 +109,30 @@ def rows(folder: Path) -> object:
 
 @pytest.mark.parametrize("launcher", ["devices", "torchrun"])
 def test_two_processes_give_what_one_gives(views: Path, tmp_path: Path, launcher: str) -> None:
-    small = [*OPTIONS, "--data", str(views), "--set", "pairs=3", "points=40"]
-    words = [*COMMAND, *small, "--out", str(tmp_path / "two")]
+    small = [*EVALUATE, "--data", str(views), "--set", "pairs=3", "points=40"]
+    words = [*SCRIPT, *small, "--out", str(tmp_path / "two")]
     if launcher == "devices":
         words += ["--devices", "2"]
     else:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        words = [sys.executable, *start, *words[1:]]
-    done = run(words)
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote") == 1
-    done = run([*COMMAND, *small, "--out", str(tmp_path / "one")])
-    assert done.returncode == 0, done.stderr[-3000:]
+    run([*small, "--out", str(tmp_path / "one")])
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
 def test_a_killed_evaluation_goes_on(views: Path, tmp_path: Path) -> None:
-    small = [*COMMAND, *OPTIONS, "--data", str(views), "--set", "pairs=12", "points=400"]
+    small = [*EVALUATE, "--data", str(views), "--set", "pairs=12", "points=400"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*small, "--out", str(tmp_path / "killed")], env=environment)
+    words = [sys.executable, *SCRIPT, *small, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(words, env=environment)
     kept = tmp_path / "killed" / "predictions"
     deadline = time.monotonic() + 100
     while not list(kept.rglob("*.safetensors")):
@@ -141,9 +143,9 @@ def test_a_killed_evaluation_goes_on(views: Path, tmp_path: Path) -> None:
     process.wait()
     before = {p: p.stat().st_mtime_ns for p in kept.rglob("*.safetensors")}
     assert not (tmp_path / "killed" / "results.json").exists()
-    assert run([*small, "--out", str(tmp_path / "killed")]).returncode == 0
+    run([*small, "--out", str(tmp_path / "killed")])
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert run([*small, "--out", str(tmp_path / "whole")]).returncode == 0
+    run([*small, "--out", str(tmp_path / "whole")])
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 

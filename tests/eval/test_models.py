@@ -74,9 +74,24 @@ def test_without_a_seed_the_untrained_model_is_not_made_up(tmp_path: Path, folde
 def test_hashes_tell_models_apart(folder: Path) -> None:
     hashes = [open_word(f"{folder}{end}").hash for end in ("", "@raw", "@untrained")]
     hashes += [open_word(word).hash for word in ("oracle", "random")]
+    hashes += [open_word(str(folder), precision="bfloat16").hash]
     hashes += [extractor_hash(fresh(6))]
     assert len(set(hashes)) == len(hashes)
     assert open_word(str(folder)).hash == hashes[0]
     wider = build_extractor(MODEL, "random", "conv", lora_rank=2, lora_alpha=4.0, lora_blocks=2)
     same = build_extractor(MODEL, "random", "conv", lora_rank=2, lora_alpha=2.0, lora_blocks=2)
     assert extractor_hash(wider) != extractor_hash(same)
+
+
+def test_half_precision_is_almost_the_same_and_known_by_name(folder: Path) -> None:
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for word in (str(folder), f"{folder}@raw", f"{folder}@untrained"):
+        full, half = (
+            open_word(word, precision=name).model.dense(images).features
+            for name in ("float32", "bfloat16")
+        )
+        assert half.dtype == torch.float32
+        assert not torch.equal(full, half)
+        assert torch.cosine_similarity(full, half, dim=1).min() > 0.99
+    with pytest.raises(RecipeError, match="'bfloat' is not one of .* Did you mean bfloat16"):
+        open_word(str(folder), precision="bfloat")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from equifeat.cli import run
 from equifeat.errors import CheckpointError, EquifeatError
-from equifeat.model.extractor import build_extractor
+from equifeat.model.extractor import FeatureExtractor, build_extractor
+from equifeat.model.feature_map import TrunkState
 from equifeat.train.checkpoints import checkpoints, read_checkpoint
 from equifeat.train.loggers import losses
 from equifeat.train.module import EquivariantFinetune
@@ -74,14 +76,30 @@ def test_fit_writes_checkpoints_logs_and_the_model_folder(tmp_path: Path, views:
     assert (tmp_path / "run/logs/config.yaml").is_file()
 
 
-def test_trunk_cache_changes_nothing(tmp_path: Path, views: Path) -> None:
-    curves = []
+@pytest.mark.parametrize("augment", ["false", "{versions: 2}"])
+def test_trunk_cache_changes_nothing(
+    tmp_path: Path, views: Path, augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = FeatureExtractor.trunk
+
+    def counted(self: FeatureExtractor, image: torch.Tensor, *rest: Any) -> TrunkState:
+        calls.append(len(image))
+        return real(self, image, *rest)
+
+    monkeypatch.setattr(FeatureExtractor, "trunk", counted)
+    curves, images = [], []
     for cache in (0, 16):
         folder = tmp_path / str(cache)
         folder.mkdir()
-        run(["fit", "--config", str(recipe(folder, views, trunk_cache_mb=cache))])
+        calls.clear()
+        words = ["fit", "--config", str(recipe(folder, views, trunk_cache_mb=cache))]
+        run([*words, f"--data.augment={augment}", "--trainer.max_steps=12"])
         curves.append(list(losses(folder / "run").values()))
+        images.append(sum(calls))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert images[0] == 24
+    assert images[1] < 24
 
 
 def test_validate_reports_held_out_loss(

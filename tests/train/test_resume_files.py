@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import resource
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytorch_lightning as pl
 import torch
 
 from equifeat.cli import run as equifeat
+from equifeat.data.augment import Augment
 from equifeat.data.datamodule import PairDataModule
 from equifeat.errors import CheckpointError, EquifeatError, RecipeError
 from equifeat.train.checkpoints import checkpoints, latest_checkpoint, read_checkpoint
 from equifeat.train.cli import quiet
 from equifeat.train.loggers import RunCsv, cut_metrics, read_metrics, run_loggers
 from equifeat.train.module import EquivariantFinetune
-from equifeat.train.run_folder import find_start, run_callbacks
+from equifeat.train.run_folder import check_recipe, find_start, run_callbacks
 from equifeat.train.signals import signals_restored
 from tests.train import runs
 
@@ -161,6 +163,17 @@ def test_another_recipe_is_refused_by_name(tmp_path: Path, views: Path) -> None:
         RecipeError, match=r"max_steps was 6 and is 8.*schedule|schedule.*max_steps"
     ):
         equifeat([*command, "--model.lr=0.5", "--model.schedule=cosine", "--trainer.max_steps=8"])
+
+
+def test_ranges_of_augmentation_that_came_later_are_no_change() -> None:
+    now = asdict(Augment(rotate_deg=3.0))
+    then = {key: value for key, value in now.items() if key not in ("versions", "light")}
+    check_recipe({"data": {"augment": then}}, {"data": {"augment": now}}, {})
+    for key, value in (("versions", 2), ("rotate_deg", 4.0)):
+        with pytest.raises(RecipeError, match=rf"data\.augment was .*'{key}': {value}"):
+            check_recipe(
+                {"data": {"augment": then}}, {"data": {"augment": {**now, key: value}}}, {}
+            )
 
 
 def test_two_fits_in_one_folder_are_refused(tmp_path: Path, views: Path) -> None:
