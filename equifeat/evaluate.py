@@ -25,7 +25,7 @@ from equifeat.eval.task import Task
 from equifeat.eval.tasks import TASKS, find_task
 from equifeat.eval_report import console_text, write_evaluation
 from equifeat.files import atomic_folder
-from equifeat.model.precision import Precision, check_precision
+from equifeat.model.precision import Precision
 from equifeat.progress import progress
 
 # By family of protocols, the module of data_prep that writes its fixture.
@@ -120,7 +120,6 @@ def evaluate_command(
         EvalDataError: The folder does not hold the data.
         RecipeError: An option makes no sense.
     """
-    check_precision(precision)
     chosen = find_task(task)
     one = find_protocol(chosen, protocol, changes)
     specs = _rows(model, controls)
@@ -229,7 +228,6 @@ def run_suite(
         RecipeError: A task or protocol does not exist.
     """
     # everything that can be wrong is looked at before the first forward pass
-    check_precision(precision)
     plans = open_suite(entries, base)
     ranks = start_ranks(device, devices)
     opener = _opener(weights, ranks, precision)

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +19,7 @@ from equifeat.image_files import read_image
 from equifeat.model.extractor import build_extractor
 from equifeat.model.weights import packaged_available
 from equifeat.train.checkpoints import checkpoints
-from tests.helpers import ROOT
+from tests.train import runs
 
 TINY = {"backbone": "test_vit.r160_in1k", "weights": "random", "resolution": 96}
 PICTURES = ("transfer", "pca", "matches_raw", "matches_trained", "curves")
@@ -66,17 +61,12 @@ def test_a_killed_demo_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     tiny_demo(tmp_path / "whole", steps="40")
     out = tmp_path / "broken"
     options = [f"--{key}={value}" for key, value in TINY.items()]
-    command = [sys.executable, "-m", "equifeat.cli", "demo", *options, "--renderer", "embree"]
-    command += ["--steps", "40", "--out", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    command = ["demo", *options, "--renderer=embree", "--steps=40", "--out", str(out)]
+    process = runs.start(command, tmp_path / "out.log")
     folder = out / "run/checkpoints"
-    deadline = time.monotonic() + 200
-    while not checkpoints(folder) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(folder)
+    runs.wait_for(lambda: bool(checkpoints(folder)), process)
+    process.kill()
+    process.join()
     assert not (out / "report.html").exists()
     tiny_demo(out, steps="40")
     whole, broken = (load_model(folder / "model") for folder in (tmp_path / "whole", out))

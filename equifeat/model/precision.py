@@ -12,23 +12,6 @@ from equifeat.model.extractor import FeatureExtractor
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-def check_precision(precision: str) -> None:
-    """Check the name of a precision.
-
-    Args:
-        precision: The name.
-
-    Raises:
-        RecipeError: There is no such precision.
-    """
-    known = get_args(Precision)
-    if precision not in known:
-        raise RecipeError(
-            f"--precision {precision!r} is not one of {', '.join(known)}"
-            f"{suggest(str(precision), known)}"
-        )
-
-
 def compute_in(extractor: FeatureExtractor, precision: str) -> FeatureExtractor:
     """Run an extractor in a precision from now on.
 
@@ -43,7 +26,11 @@ def compute_in(extractor: FeatureExtractor, precision: str) -> FeatureExtractor:
     Raises:
         RecipeError: There is no such precision.
     """
-    check_precision(precision)
+    known = get_args(Precision)
+    if precision not in known:
+        raise RecipeError(
+            f"precision {precision!r} is not one of {', '.join(known)}.{suggest(precision, known)}"
+        )
     if precision != "float32":
         extractor.half_precision(getattr(torch, precision))
     return extractor

@@ -109,7 +109,7 @@ def screening(folder: Path, path: Path) -> None:
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, patches in zip(figure.subplots(1, 2), (16, 32), strict=True):
-        rows = {}
+        rows: dict[str, list[dict[str, float]]] = {}
         for file in sorted(folder.glob(f"*_{patches}_*.json")):
             name = file.name.rsplit("_", 2)[0]
             rows.setdefault(name, []).append(json.loads(file.read_text())["means"])

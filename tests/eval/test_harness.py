@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from equifeat.eval.results import Results, TaskResult
 from equifeat.eval.task_equivariance import EQUIVARIANCE
 from equifeat.model.feature_map import FeatureMap
 from tests.helpers import ROOT
+from tests.train import runs
 
 PROTOCOL = find_protocol(EQUIVARIANCE, "views/quick", ["pairs=3", "points=40"])
 
@@ -130,17 +129,11 @@ def test_two_processes_give_what_one_gives(views: Path, tmp_path: Path, launcher
 
 def test_a_killed_evaluation_goes_on(views: Path, tmp_path: Path) -> None:
     small = [*EVALUATE, "--data", str(views), "--set", "pairs=12", "points=400"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *SCRIPT, *small, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(words, env=environment)
+    process = runs.start([*small, "--out", str(tmp_path / "killed")], tmp_path / "out.log")
     kept = tmp_path / "killed" / "predictions"
-    deadline = time.monotonic() + 100
-    while not list(kept.rglob("*.safetensors")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    runs.wait_for(lambda: bool(list(kept.rglob("*.safetensors"))), process)
+    process.kill()
+    process.join()
     before = {p: p.stat().st_mtime_ns for p in kept.rglob("*.safetensors")}
     assert not (tmp_path / "killed" / "results.json").exists()
     run([*small, "--out", str(tmp_path / "killed")])

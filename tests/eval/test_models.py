@@ -93,5 +93,5 @@ def test_half_precision_is_almost_the_same_and_known_by_name(folder: Path) -> No
         assert half.dtype == torch.float32
         assert not torch.equal(full, half)
         assert torch.cosine_similarity(full, half, dim=1).min() > 0.99
-    with pytest.raises(RecipeError, match="'bfloat' is not one of .* Did you mean bfloat16"):
+    with pytest.raises(RecipeError, match=r"'bfloat' is not one of .* Did you mean bfloat16"):
         open_word(str(folder), precision="bfloat")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from equifeat.sweep.command import _parameters, sweep_command
 from equifeat.sweep.grid import read_sweep
 from tests.helpers import ROOT
 from tests.synthetic import write_views
+from tests.train import runs
 from tests.train.runs import BACKBONE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -53,6 +53,11 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "heads.yaml"
     path.write_text(json.dumps(content))
     return path
+
+
+def one_thread() -> None:
+    """In the process of a sweep, whose fits inherit it."""
+    os.environ.update(ONE_THREAD, PYTHONPATH=str(ROOT))
 
 
 def change(path: Path, **keys: Any) -> None:
@@ -119,7 +124,7 @@ def test_fits_every_seed_once_and_makes_one_table(sweep: Path) -> None:
     turned = [model["name"] for model in results["tasks"][0]["models"]]
     assert turned == ["residual", *rows[:-1]]
     # another setting under a known name is no resume
-    change(sweep, runs={"conv": {"model.head": "conv", "model.lr": 1e-5}})
+    change(sweep, runs={"conv": {"model.head": "conv", "model.lr": 1e-5}}, baseline=None)
     with pytest.raises(RecipeError, match=r"fitted with other settings .* for 'conv'"):
         sweep_command(str(sweep), out)
 
@@ -146,20 +151,14 @@ def test_stopped_it_saves_and_goes_on(sweep: Path, number: int, code: int) -> No
     recipe["trainer"]["max_steps"] = 4000
     Path("base.yaml").write_text(json.dumps(recipe))
     change(sweep, seeds=[0], runs={"residual": {}})
-    words = [sys.executable, "-m", "equifeat.cli", "sweep", str(sweep), "--out", "out"]
-    process = subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    process = runs.start(["sweep", str(sweep), "--out", "out"], Path("out.log"), one_thread)
     checkpoints = Path("out/runs/residual/seed_0/checkpoints")
-    end = time.monotonic() + 120
-    while not list(checkpoints.glob("*.ckpt")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    runs.wait_for(lambda: bool(list(checkpoints.glob("*.ckpt"))), process, 120)
+    assert process.pid is not None
     (fit,) = psutil.Process(process.pid).children()
-    process.send_signal(number)
-    process.communicate(timeout=120)
-    assert process.returncode == code
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == code
     assert not fit.is_running()
     steps = max(int(path.stem.partition("=")[2]) for path in checkpoints.glob("*.ckpt"))
     assert 0 < steps < 4000

@@ -1,4 +1,4 @@
-"""Real fits of a tiny model in processes of their own, to be killed and signalled."""
+"""Real commands, mostly fits of a tiny model, in processes of their own, to be killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ EVERYTHING = {
     "tau": 0.01,
     "both_directions": False,
 }
-# Imports torch and Lightning once; every fit is a fork of that.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["equifeat.train.cli", "kornia.augmentation", "wandb"])
+# Imports torch and Lightning once; every command is a fork of that.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["equifeat.train.cli", "equifeat.evaluate", "equifeat.demo", "kornia.augmentation", "wandb"]
+)
 
 
 def recipe(folder: Path, views: Path, **changes: dict[str, Any]) -> Path:
@@ -64,10 +66,11 @@ def recipe(folder: Path, views: Path, **changes: dict[str, Any]) -> Path:
     return path
 
 
-def _fit(argv: list[str], log: str, before: Callable[[], None] | None) -> None:
+def _main(argv: list[str], log: str, folder: str, before: Callable[[], None] | None) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    os.chdir(folder)
     os.setsid()  # a process group of its own, as under SLURM
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for loaders: the system's default
@@ -75,7 +78,7 @@ def _fit(argv: list[str], log: str, before: Callable[[], None] | None) -> None:
         before()
     from equifeat import cli
 
-    sys.argv = ["equifeat", "fit", *argv]
+    sys.argv = ["equifeat", *argv]
     try:
         cli.main()
     finally:
@@ -83,20 +86,29 @@ def _fit(argv: list[str], log: str, before: Callable[[], None] | None) -> None:
         atexit._run_exitfuncs()
 
 
+def start(
+    argv: Sequence[str], log: Path, before: Callable[[], None] | None = None
+) -> ForkServerProcess:
+    """Start `equifeat` with these arguments in the working folder; its output goes to a file."""
+    words = [str(word) for word in argv]
+    process = SERVER.Process(
+        target=_main, args=(words, str(log.resolve()), str(Path.cwd()), before)
+    )
+    process.start()
+    return process
+
+
 def fit(
     path: Path, *options: str, before: Callable[[], None] | None = None
 ) -> tuple[ForkServerProcess, Path]:
     """Start a fit; its output goes to out.log beside the recipe."""
     log = path.parent / "out.log"
-    argv = ["--config", str(path), *options]
-    process = _SERVER.Process(target=_fit, args=(argv, str(log), before))
-    process.start()
-    return process, log
+    return start(["fit", "--config", str(path), *options], log, before), log
 
 
 def elsewhere(function: Callable[..., None], *args: Any) -> None:
     """Call a function of a module in a process of its own, without the shape checks of pytest."""
-    process = _SERVER.Process(target=function, args=args)
+    process = SERVER.Process(target=function, args=args)
     process.start()
     process.join(120)
     assert process.exitcode == 0

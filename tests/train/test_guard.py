@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from equifeat.train.loggers import read_metrics
 from equifeat.train.module import EquivariantFinetune
 from equifeat.train.run_checkpoint import RunCheckpoint
 from tests.synthetic import write_views
+from tests.train.runs import SERVER
 from tests.train.test_fit import recipe
 
 BACKBONE = "test_vit.r160_in1k"
@@ -202,11 +202,10 @@ def test_two_ranks_skip_together(views: Path, capfd: pytest.CaptureFixture[str])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    answers = SERVER.Queue()
     # Draws 2 and 3 are step 1; rank 1 makes draw 3.
     arguments = [(rank, port, str(views), answers, {3}) for rank in range(2)]
-    processes = [context.Process(target=rank_process, args=a, daemon=True) for a in arguments]
+    processes = [SERVER.Process(target=rank_process, args=a, daemon=True) for a in arguments]
     for process in processes:
         process.start()
     found = sorted(answers.get(timeout=120) for _ in processes)
