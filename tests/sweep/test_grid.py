@@ -71,7 +71,7 @@ def test_a_sweep_without_rows_is_one_row_named_by_its_file(tmp_path: Path) -> No
     ("change", "reason"),
     [
         ({"sedes": [1]}, "unknown key 'sedes'. Did you mean seeds"),
-        ({"baseline": "cnov"}, "baseline 'cnov' is no row of this sweep. Did you mean conv"),
+        ({"baseline": "ablatoin"}, "baseline 'ablatoin' is no row .*Did you mean ablation"),
         ({"seeds": []}, "seeds must be a list of whole numbers"),
         ({"seeds": [1, 1]}, "a number twice"),
         ({"seeds": [True]}, "seeds must be a list of whole numbers"),
