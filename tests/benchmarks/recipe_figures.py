@@ -26,7 +26,8 @@ from equifeat.eval.results import Results, TaskResult
 
 LABEL = "view change"
 METRICS = ("PCDP@.05", "PCDP@.10", "PCDP@.20", "APE")
-COLORS = {"raw": "#7f7f7f", "reference": "#d97706", "default": "#2563eb"}
+COLORS = {"raw ViT": "#7f7f7f", "reference": "#d97706", "default": "#2563eb"}
+SAME = {"raw": "raw ViT", "base": "default"}  # rows of the screening
 
 
 def within(task: TaskResult, value: str) -> TaskResult:
@@ -86,16 +87,14 @@ def by_view_change(sweeps: Sequence[tuple[str, TaskResult]], path: Path) -> None
     for axes, (title, task) in zip(panels, sweeps, strict=True):
         parts = task.breakdown(LABEL)
         for model in task.models:
-            kind = "raw" if model.name.endswith(" raw") else model.name
-            if kind not in COLORS:
+            name = short(model.name)
+            if name not in COLORS:
                 continue
             found = [part.summary[model.name]["PCDP@.10"] for part in parts.values()]
             at = range(len(found))
-            axes.plot(
-                at, [e.value for e in found], "o-", color=COLORS[kind], label=short(model.name)
-            )
+            axes.plot(at, [e.value for e in found], "o-", color=COLORS[name], label=name)
             low, high = [e.low for e in found], [e.high for e in found]
-            axes.fill_between(at, low, high, color=COLORS[kind], alpha=0.15, lw=0)
+            axes.fill_between(at, low, high, color=COLORS[name], alpha=0.15, lw=0)
         axes.set_xticks(range(len(parts)), list(parts))
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("view change")
@@ -124,7 +123,7 @@ def draw_rows(axes: Axes, rows: dict[str, list[dict[str, float]]]) -> None:
     """Draw the seeds of every row as points of one name."""
     for name, means in rows.items():
         x, y = ([one[metric] for one in means] for metric in ("PCDP@.10", "APE"))
-        color = COLORS.get(name, "#2563eb" if name == "base" else "#94a3b8")
+        color = COLORS.get(SAME.get(name, name), "#94a3b8")
         axes.scatter(x, y, s=26, color=color)
         axes.annotate(name, (x[0], y[0]), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("PCDP@.10 [%], more is better")
