@@ -16,7 +16,7 @@ from equifeat.hub.fetch import fetch_model
 from equifeat.hub.names import hub_name, is_hub_word
 from equifeat.hub.pretrained import load_fetched
 from equifeat.model.extractor import FeatureExtractor, build_extractor
-from equifeat.model.precision import compute_in
+from equifeat.model.precision import set_precision
 from equifeat.model.weights import PACKAGED_BACKBONE, packaged_available, state_hash
 
 CONTROLS = {"oracle": CoordinateOracle, "random": RandomFeatures}
@@ -190,7 +190,7 @@ def open_word(
         extractor = extractor.to(device).eval()
     else:
         extractor = open_model(word, weights, device)
-    compute_in(extractor, precision)
+    set_precision(extractor, precision)
     return OpenModel(extractor, extractor_hash(extractor))
 
 

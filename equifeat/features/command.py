@@ -19,7 +19,7 @@ from equifeat.features.pipeline import Pipeline, Tally
 from equifeat.features.resume import FAILED, locked, start, write_index, write_lists
 from equifeat.features.sources import Sources, find_sources
 from equifeat.model.extractor import FeatureExtractor
-from equifeat.model.precision import compute_in
+from equifeat.model.precision import set_precision
 from equifeat.progress import progress
 
 
@@ -156,7 +156,7 @@ def _open(
     tiny = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     with torch.inference_mode():
         extractor.dense(tiny, overlap=asked.overlap, layers=asked.layers, norm=asked.norm)
-    compute_in(extractor, asked.precision)
+    set_precision(extractor, asked.precision)
     return extractor.compile_blocks() if compiled else extractor
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from equifeat.errors import RecipeError
+from equifeat.model.precision import Precision
 
 _WORDS = {
     "at": ("patch", "image"),
     "dtype": ("float32", "float16"),
-    "precision": ("float32", "bfloat16", "float16"),
+    "precision": get_args(Precision),
 }
 
 

@@ -12,16 +12,13 @@ from equifeat.model.extractor import FeatureExtractor
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-def compute_in(extractor: FeatureExtractor, precision: str) -> FeatureExtractor:
+def set_precision(extractor: FeatureExtractor, precision: str) -> None:
     """Run an extractor in a precision from now on.
 
     Args:
         extractor: The model; its backbone changes for all that share it.
         precision: "float32" changes nothing; "bfloat16" and "float16" are those of
             `FeatureExtractor.half_precision`.
-
-    Returns:
-        The extractor.
 
     Raises:
         RecipeError: There is no such precision.
@@ -33,4 +30,3 @@ def compute_in(extractor: FeatureExtractor, precision: str) -> FeatureExtractor:
         )
     if precision != "float32":
         extractor.half_precision(getattr(torch, precision))
-    return extractor
